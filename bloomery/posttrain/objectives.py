@@ -1,0 +1,109 @@
+"""Policy-gradient pieces as pure functions: group advantages, per-token objectives, aggregations.
+
+Group-relative policy optimisation (Shao et al., arXiv 2402.03300) as used strictly on-policy by AceReason-Nemotron
+(arXiv 2505.16400, eq. 2-4), with the variants of DAPO (arXiv 2503.14476) and Dr. GRPO (arXiv 2503.20783).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["group_mean", "leave_one_out"]
+Scale = Literal["group_std", "none", "batch_std"]
+Aggregation = Literal["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+
+SPREAD = 1e-8
+"""Rewards of a group closer together than this carry no signal."""
+_MAX_LOG_RATIO = 20.0
+
+
+def degenerate(rewards: Tensor, valid: Tensor) -> Tensor:
+    """Which groups carry no signal: fewer than two judged samples, or equal rewards. (groups, samples) → (groups,).
+
+    By max − min and never by `std == 0`: equal rewards that binary floats cannot hold leave a tiny standard deviation,
+    and dividing by it would turn rounding noise into an advantage of order one.
+    """
+    values = rewards.double()
+    low = values.masked_fill(~valid, torch.inf).amin(-1)
+    high = values.masked_fill(~valid, -torch.inf).amax(-1)
+    return (valid.sum(-1) < 2) | (high - low <= SPREAD)
+
+
+def advantages(
+    rewards: Tensor,
+    valid: Tensor,
+    baseline: Baseline = "group_mean",
+    scale: Scale = "group_std",
+    ddof: int = 1,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Advantage of each sample against its own group, computed in fp64, returned as fp32 (groups, samples).
+
+    `valid` is False where the verdict is missing: such a sample leaves its group and gets 0. A degenerate group gets
+    exactly 0. `group_std`: arXiv 2505.16400 eq. 2; `none`: Dr. GRPO; `batch_std`: one spread for the whole batch.
+    """
+    values, weights = rewards.double().masked_fill(~valid, 0.0), valid.double()
+    count = weights.sum(-1, keepdim=True)
+    centred = (values - values.sum(-1, keepdim=True) / count.clamp(min=1)) * weights
+    result = centred * count / (count - 1).clamp(min=1) if baseline == "leave_one_out" else centred
+    if scale == "group_std":
+        result = result / ((centred.square().sum(-1, keepdim=True) / (count - ddof).clamp(min=1)).sqrt() + eps)
+    elif scale == "batch_std":
+        deviations = (values - values.sum() / weights.sum().clamp(min=1)) * weights
+        result = result / ((deviations.square().sum() / (weights.sum() - ddof).clamp(min=1)).sqrt() + eps)
+    return result.masked_fill(degenerate(rewards, valid)[:, None], 0.0).float()
+
+
+def on_policy(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """Per-token loss whose gradient is −A ∇log π (arXiv 2505.16400, eq. 3-4): the ratio is 1 by construction.
+
+    Shapes (batch, seq) and (batch, 1) → (batch, seq). Its value is −A at every token, so watch the gradient norm.
+    """
+    return -torch.exp(logprobs - logprobs.detach()) * advantages
+
+
+def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float = 0.2, high: float = 0.28) -> Tensor:
+    """PPO's clipped objective per token, with a wider upper bound ("clip-higher", DAPO section 3.1).
+
+    The ratio π/π_old is held in [1 − low, 1 + high] where moving it further would pay. (batch, seq) → (batch, seq).
+    """
+    ratio = log_ratio(logprobs, old_logprobs).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Per-token estimate of KL(policy ‖ reference), never negative: exp(q) − q − 1 with q = log π_ref − log π."""
+    difference = log_ratio(reference_logprobs, logprobs)
+    return difference.exp() - difference - 1
+
+
+def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
+    """Difference of log-probabilities, kept where its exponential is finite in fp32."""
+    return (logprobs - other).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+
+
+def aggregate(
+    losses: Tensor, mask: Tensor, how: Aggregation, group_tokens: Tensor | None = None, max_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(sum, weight) of one micro-batch; Σ sum / Σ weight over all micro-batches of a step is the aggregated loss.
+
+    `losses` (batch, seq), `mask` (batch, seq) bool: completion tokens. Rows without any count for nothing.
+    - `token_mean`: mean over all tokens of the step (DAPO).
+    - `group_token_mean`: token mean inside each group, then mean over groups; `group_tokens` (batch,) is the number of
+      completion tokens in the whole group a row belongs to, wherever its other rows are.
+    - `seq_mean_token_mean`: mean inside each completion, then over completions (GRPO).
+    - `seq_mean_token_sum_norm`: sum over each completion divided by the constant `max_tokens` (Dr. GRPO).
+    """
+    row_sums, lengths = (losses * mask).sum(-1), mask.sum(-1).to(losses.dtype)
+    if how == "token_mean":
+        return row_sums.sum(), lengths.sum()
+    if how == "group_token_mean":
+        assert group_tokens is not None, "group_token_mean needs the token count of each row's group"
+        share = 1 / group_tokens.to(losses.dtype).clamp(min=1)
+        return (row_sums * share).sum(), (lengths * share).sum()
+    present = (lengths > 0).to(losses.dtype).sum()
+    if how == "seq_mean_token_mean":
+        return (row_sums / lengths.clamp(min=1)).sum(), present
+    assert max_tokens is not None, "seq_mean_token_sum_norm needs the constant that divides each completion"
+    return row_sums.sum() / max_tokens, present

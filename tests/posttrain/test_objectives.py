@@ -1,0 +1,131 @@
+"""Group advantages, per-token objectives and aggregations against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bloomery.posttrain import objectives
+from bloomery.posttrain.objectives import advantages, aggregate, degenerate
+
+ALL = torch.ones(1, 8, dtype=torch.bool)
+
+
+def rewards_of(correct: int, total: int) -> torch.Tensor:
+    return torch.tensor([[1.0] * correct + [0.0] * (total - correct)])
+
+
+def test_one_right_of_eight_has_the_published_values() -> None:
+    result = advantages(rewards_of(1, 8), ALL)[0]
+    assert result[0].item() == pytest.approx(2.4749, abs=1e-4)
+    assert result[1:].tolist() == pytest.approx([-0.3536] * 7, abs=1e-4)
+
+
+@given(st.integers(2, 16).flatmap(lambda total: st.tuples(st.integers(1, total - 1), st.just(total))))
+def test_closed_form_for_binary_rewards(counts: tuple[int, int]) -> None:
+    correct, total = counts
+    p, c = correct / total, math.sqrt((total - 1) / total)
+    result = advantages(rewards_of(correct, total), torch.ones(1, total, dtype=torch.bool), eps=0.0)[0]
+    assert result[0].item() == pytest.approx(c * math.sqrt((1 - p) / p), rel=1e-5)
+    assert result[-1].item() == pytest.approx(-c * math.sqrt(p / (1 - p)), rel=1e-5)
+
+
+def test_ddof_scale_and_baseline() -> None:
+    rewards, valid = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.ones(1, 4, dtype=torch.bool)
+    assert advantages(rewards, valid, ddof=0)[0, 0].item() == pytest.approx(0.75 / math.sqrt(0.1875), rel=1e-4)
+    assert advantages(rewards, valid, scale="none")[0].tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25])
+    alone = advantages(rewards, valid, scale="none", baseline="leave_one_out")[0]
+    assert alone.tolist() == pytest.approx([1.0, -1 / 3, -1 / 3, -1 / 3])
+
+
+def test_batch_std_uses_one_spread_for_all_groups() -> None:
+    rewards, valid = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.ones(2, 2, dtype=torch.bool)
+    result = advantages(rewards, valid, scale="batch_std")
+    spread = torch.tensor([1.0, 0.0, 1.0, 1.0]).std().item()
+    assert result[0].tolist() == pytest.approx([0.5 / spread, -0.5 / spread], rel=1e-4)
+    assert result[1].tolist() == [0.0, 0.0]
+
+
+def test_equal_rewards_that_floats_cannot_hold_give_exactly_zero() -> None:
+    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64)
+    assert rewards.std(-1).item() > 0
+    assert advantages(rewards, torch.ones(1, 3, dtype=torch.bool), eps=0.0)[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_sample_without_verdict_leaves_its_group() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, float("nan")]])
+    valid = torch.tensor([[True, True, True, False]])
+    expected = advantages(torch.tensor([[1.0, 0.0, 0.0]]), torch.ones(1, 3, dtype=torch.bool))
+    assert advantages(rewards, valid)[0].tolist() == pytest.approx([*expected[0].tolist(), 0.0])
+
+
+def test_a_group_shrunk_to_one_or_none_is_degenerate() -> None:
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    valid = torch.tensor([[True, False], [False, False], [True, True]])
+    assert degenerate(rewards, valid).tolist() == [True, True, False]
+    result = advantages(rewards, valid)
+    assert result[:2].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert torch.isfinite(result).all()
+
+
+def test_on_policy_gradient_is_minus_advantage() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    objectives.on_policy(logprobs, torch.tensor([[2.5]])).sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [[-2.5, -2.5]]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.5, 1.0, -1.28, 0.0),  # above the upper bound and gaining: held
+        (1.25, 1.0, -1.25, -1.25),  # inside the widened bound
+        (0.5, -1.0, 0.8, 0.0),  # below the lower bound and avoiding: held
+        (1.5, -1.0, 1.5, 1.5),  # a worse move is never held
+    ],
+)
+def test_clip_higher(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    value = objectives.clipped(logprobs, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[advantage]]))
+    value.sum().backward()
+    assert logprobs.grad is not None
+    assert value.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+
+
+def test_kl_penalty() -> None:
+    same, other = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -1.5]])
+    assert objectives.kl_penalty(same, other)[0].tolist() == pytest.approx([0.0, math.exp(-0.5) + 0.5 - 1])
+    assert torch.isfinite(objectives.kl_penalty(torch.tensor([[-900.0]]), torch.tensor([[0.0]]))).all()
+
+
+LOSSES = torch.tensor([[1.0, 1.0, 1.0, 1.0], [5.0, 9.0, 9.0, 9.0], [2.0, 2.0, 9.0, 9.0]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+GROUP_TOKENS = torch.tensor([5, 5, 2])  # rows 0 and 1 are one group, row 2 another
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("token_mean", 13 / 7),
+        ("group_token_mean", (9 / 5 + 2) / 2),
+        ("seq_mean_token_mean", (1 + 5 + 2) / 3),
+        ("seq_mean_token_sum_norm", 13 / (10 * 3)),
+    ],
+)
+def test_aggregations_by_hand_and_split_over_micro_batches(how: objectives.Aggregation, expected: float) -> None:
+    total, weight = aggregate(LOSSES, MASK, how, GROUP_TOKENS, max_tokens=10)
+    assert (total / weight).item() == pytest.approx(expected)
+    parts = [aggregate(LOSSES[[i]], MASK[[i]], how, GROUP_TOKENS[[i]], max_tokens=10) for i in range(3)]
+    assert (sum(part[0] for part in parts) / sum(part[1] for part in parts)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("how", ["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+def test_a_masked_row_counts_for_nothing(how: objectives.Aggregation) -> None:
+    mask = torch.cat([MASK, torch.zeros(1, 4, dtype=torch.bool)])
+    losses = torch.cat([LOSSES, torch.full((1, 4), 99.0)])
+    with_row = aggregate(losses, mask, how, torch.tensor([5, 5, 2, 0]), max_tokens=10)
+    without = aggregate(LOSSES, MASK, how, GROUP_TOKENS, max_tokens=10)
+    assert [value.item() for value in with_row] == pytest.approx([value.item() for value in without])
