@@ -4,6 +4,7 @@ A stage's folder holds `config.yaml`, `metrics.jsonl`, its products (`data/`, `m
 last, `manifest.json`: its presence means the stage is done.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,7 @@ from bloomery.errors import ArtifactError
 MANIFEST, CONFIG, METRICS, MODEL, DATA, CHECKPOINTS = (
     "manifest.json", "config.yaml", "metrics.jsonl", "model", "data", "checkpoints",
 )  # fmt: skip
+STATE, SECONDS = ".state.json", ".seconds"
 DATASET_KINDS = ("documents", "tokens", "messages", "preferences", "prompts", "traces")
 
 
@@ -54,7 +56,7 @@ class Output:
         self.key = key(stage, config, self.digests)
         self.metrics = Metrics(self.path / METRICS)
         self.model, self.data, self.checkpoints = (self.path / name for name in (MODEL, DATA, CHECKPOINTS))
-        self._seconds_file = self.path / ".seconds"
+        self._seconds_file = self.path / SECONDS
 
     @property
     def done(self) -> bool:
@@ -65,19 +67,31 @@ class Output:
     def __enter__(self) -> "Output":
         if (self.path / CONFIG).exists():
             self._refuse_other_work()
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise ArtifactError(f"{self.path}: not empty and not written by bloomery; choose another folder or empty it")
+        elif self.path.exists() and {file.name for file in self.path.iterdir()} - {".lock"}:
+            raise ArtifactError(
+                f"{self.path}: not empty and not written by bloomery; choose another folder or empty it"
+            )
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
         record = {"stage": self.stage, "key": self.key, "inputs": self.digests}
         write_text(self.path / CONFIG, configs.dump(self.config))
-        write_json(self.path / ".state.json", record)
+        write_json(self.path / STATE, record)
         self._started = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.path.exists() and not (self.path / MANIFEST).exists():
             self._seconds_file.write_text(str(self._elapsed()))
+        self._lock_file.close()
+
+    def _lock(self) -> None:
+        """One writer a folder: the lock goes with the process, so a killed run leaves none behind."""
+        self._lock_file = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(f"{self.path}: another process is writing here; wait for it or stop it first") from None
 
     def _elapsed(self) -> float:
         before = float(self._seconds_file.read_text()) if self._seconds_file.exists() else 0.0
@@ -85,13 +99,15 @@ class Output:
 
     def _refuse_other_work(self) -> None:
         try:
-            record = read_json(self.path / ".state.json")
+            record = read_json(self.path / STATE)
         except ArtifactError:
             return  # killed between the two first writes: nothing of value is here yet
         if record["key"] == self.key:
             return
         if record["stage"] != self.stage:
-            raise ArtifactError(f"{self.path}: holds stage {record['stage']!r}, not {self.stage!r}; choose another folder")
+            raise ArtifactError(
+                f"{self.path}: holds stage {record['stage']!r}, not {self.stage!r}; choose another folder"
+            )
         raise ArtifactError(
             f"{self.path}: holds work made with other settings: {self._first_difference(record)}. "
             "Nothing was overwritten; remove the folder to redo the stage, or give another output folder"
@@ -179,7 +195,9 @@ def resolve(path: Path, kind: str) -> Path:
         raise ArtifactError(f"{path}: no such folder; expected a {kind}")
     manifest = read_manifest(path, missing_ok=True)
     if manifest is None and (path / CONFIG).exists():
-        raise ArtifactError(f"{path}: the stage that writes it has not finished; run it first (it resumes where it stopped)")
+        raise ArtifactError(
+            f"{path}: the stage that writes it has not finished; run it first (it resumes where it stopped)"
+        )
     inner = path / MODEL if kind in ("model", "tokenizer") and (path / MODEL).is_dir() else path
     found = manifest.kind if manifest else None
     expected = {"dataset": DATASET_KINDS, "model": ("model",), "tokenizer": ("model", "tokenizer")}[kind]
@@ -202,6 +220,17 @@ def read_manifest(path: Path, missing_ok: bool = False) -> Manifest | None:
         return Manifest.model_validate(read_json(file))
     except ValidationError as error:
         raise ArtifactError(f"{file}: not a manifest of this version: {error.errors()[0]['msg']}") from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a stage, finished or not, has said about itself: `stage`, `key`, `inputs` and, when cut, `seconds` so far.
+
+    Empty when it was killed before it could say anything.
+    """
+    file = Path(path) / STATE
+    state: dict[str, Any] = read_json(file) if file.is_file() else {}
+    seconds = Path(path) / SECONDS
+    return {**state, "seconds": float(seconds.read_text())} if seconds.is_file() else state
 
 
 def require_kind(path: Path, *kinds: str) -> None:
@@ -237,7 +266,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: damaged JSON ({error}); remove the file or its folder and run the stage again") from None
+        raise ArtifactError(
+            f"{path}: damaged JSON ({error}); remove the file or its folder and run the stage again"
+        ) from None
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -253,7 +284,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` (file or folder); it takes `path`'s place, synced, when the block succeeds."""
+    """Yields a temporary path beside `path` (file or folder); it takes `path`'s place, synced, at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)

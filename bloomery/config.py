@@ -43,7 +43,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    re.compile(
+        r"^[-+]?(\d[\d_]*(\.[\d_]*)?([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 # The integer rule must be tried before the wider float rule above.
@@ -83,7 +85,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str) -> Any:
     """One YAML value; raises `ConfigError` with the line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ConfigError(f"{line}not valid YAML: {error.problem}") from None
@@ -151,7 +153,7 @@ def _known_keys(cls: type[Config], path: Sequence[str]) -> set[str]:
     for part in path:
         fields = [owner.model_fields[part] for owner in owners if part in owner.model_fields]
         if fields:
-            owners = [model for field in fields for model in _models_in(field.annotation)]
+            owners = [model for field in fields for model in models_in(field.annotation)]
         else:
             tagged = [owner for owner in owners if part in _tags(owner)]
             owners = tagged or owners
@@ -162,11 +164,11 @@ def _tags(owner: type[Config]) -> set[str]:
     return {str(field.default) for field in owner.model_fields.values() if not field.is_required()}
 
 
-def _models_in(annotation: Any) -> Iterator[type[Config]]:
+def models_in(annotation: Any) -> Iterator[type[Config]]:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
-        yield from _models_in(argument)
+        yield from models_in(argument)
 
 
 def load(cls: type[AnyConfig], path: Path, overrides: Sequence[str] = ()) -> AnyConfig:

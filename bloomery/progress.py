@@ -34,7 +34,9 @@ class Bar:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._rich = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True)
+            self._rich = Progress(
+                *columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True
+            )
             self._rich.start()
             self._task = self._rich.add_task(self.title, total=self.total, note="")
         return self

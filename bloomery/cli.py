@@ -1,0 +1,171 @@
+"""The `bloomery` command: verbs. The only place that prints an error and exits."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from bloomery import config as configs
+from bloomery import recipe
+from bloomery.errors import BloomeryError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Take a language model through its whole life, from raw text to an evaluated, exported reasoner.",
+)  # fmt: skip
+
+UsageError = typer.BadParameter.__mro__[1]  # typer does not re-export it
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, as key=value", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+RunFolder = Annotated[Path | None, typer.Option("--out", help="run folder; default: the recipe's own")]
+
+
+def main() -> None:
+    """Entry point: one clear paragraph for a user's error, a traceback only for our own bugs."""
+    try:
+        code = app(standalone_mode=False)
+    except BloomeryError as error:
+        _fail(str(error), error.exit_code)
+    except UsageError as error:  # unknown verb, missing argument
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; run the same command to continue where it stopped", 130)
+    else:
+        sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"bloomery: {message}", err=True)
+    sys.exit(code)
+
+
+@app.command("run")
+def run_recipe(recipe_file: Path, overrides: Overrides = None, out: RunFolder = None, as_json: AsJson = False) -> None:
+    """Run a recipe: every stage that is not done yet, then the report."""
+    folder, steps = recipe.load(recipe_file, overrides or [], out)
+    manifests = recipe.run(folder, steps)
+    page = _write_report(folder)
+    if as_json:
+        stages = {step.name: manifest.model_dump(mode="json") for step, manifest in zip(steps, manifests, strict=True)}
+        typer.echo(json.dumps({"run": str(folder), "report": str(page), "stages": stages}))
+    else:
+        typer.echo(f"\n{_results(folder)}report: {page}")
+
+
+def _write_report(folder: Path) -> Path:
+    from bloomery.report.report import write_report
+
+    return write_report(folder)
+
+
+def _results(folder: Path) -> str:
+    from bloomery.report.results import results_table
+
+    return results_table(folder)
+
+
+@app.command()
+def check(recipe_file: Path, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Resolve a recipe and say what it will do: order, sizes, memory, tokens, first batch. Needs no GPU."""
+    folder, steps = recipe.load(recipe_file, overrides or [])
+    findings = recipe.check(steps)
+    if as_json:
+        typer.echo(json.dumps({"run": str(folder), "stages": findings}, default=str))
+        return
+    for name, finding in findings.items():
+        typer.echo(f"{name}  ({finding.pop('stage')})")
+        typer.echo("".join(f"  {key}: {_shown(value)}\n" for key, value in finding.items()), nl=False)
+    typer.echo(f"\n{recipe_file}: {len(steps)} stages, all settings are valid; output goes to {folder}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "".join(f"\n    {key}: {_shown(item)}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value).replace("\n", "\n    ")
+
+
+@app.command()
+def report(run: Path, as_json: AsJson = False) -> None:
+    """Write one offline HTML page over a run's folder."""
+    page = _write_report(run)
+    typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
+
+
+@app.command()
+def chat(
+    model: Path,
+    message: Annotated[
+        str | None, typer.Argument(help="one question; without it, a conversation on the terminal")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, tokens")] = 256,
+    temperature: Annotated[float, typer.Option(help="sampling temperature; 0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Talk to a model: a stage's folder or any Hugging Face directory of a supported family."""
+    from bloomery.chat import Conversation
+
+    conversation = Conversation(model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if message is not None or not sys.stdin.isatty():
+        answer = conversation.ask(message if message is not None else sys.stdin.read().strip())
+        typer.echo(json.dumps({"answer": answer}) if as_json else answer)
+        return
+    typer.echo("type a message; an empty line ends the conversation", err=True)
+    while question := typer.prompt("you", default="", show_default=False):
+        typer.echo(conversation.ask(question))
+
+
+class StageCommand(TyperCommand):
+    """A stage's verb; its help ends with the reference of every setting, read from the config class only then."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        formatter.write(
+            "\nSettings:\n" + "".join(f"  {line}\n" for line in _reference(recipe.stage_config(self.name or "")))
+        )
+
+
+def _reference(cls: type[configs.Config], prefix: str = "") -> list[str]:
+    lines = []
+    for name, field in cls.model_fields.items():
+        nested = list(configs.models_in(field.annotation))
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        shown = "" if nested else f" [{default}]"
+        lines.append(f"{prefix}{name}: {field.description or ''}{shown}")
+        for model in nested:
+            lines += _reference(model, f"{prefix}{name}.")
+    return lines
+
+
+def _stage_verb(stage: str) -> Any:
+    def verb(
+        config_file: Annotated[str, typer.Argument(help="the stage's YAML settings, or - for standard input")],
+        overrides: Overrides = None,
+        out: Annotated[
+            Path | None, typer.Option("--out", help="output folder; default: the folder of config.yaml")
+        ] = None,
+        as_json: AsJson = False,
+    ) -> None:
+        cls, path = recipe.stage_config(stage), Path(config_file)
+        data = configs.parse_yaml(sys.stdin.read()) if config_file == "-" else configs.read_yaml(path)
+        config = configs.build(cls, configs.apply_overrides(data or {}, overrides or []))
+        if out is None and path.name != "config.yaml":
+            raise configs.ConfigError("--out: missing; give the folder that the stage shall write")
+        step = recipe.Step(stage, stage, config, out or path.parent, ())
+        [manifest] = recipe.run(step.out, [step])
+        typer.echo(json.dumps(manifest.model_dump(mode="json")) if as_json else str(step.out))
+
+    verb.__doc__ = f"Run the {stage} stage alone."
+    return verb
+
+
+for _stage in recipe.STAGES:
+    app.command(_stage, cls=StageCommand)(_stage_verb(_stage))

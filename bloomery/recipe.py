@@ -1,0 +1,230 @@
+"""A recipe: stages by name, ordered by their `@name` references, each in its own process, finished ones skipped."""
+
+import ctypes
+import difflib
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bloomery import artifact
+from bloomery import config as configs
+from bloomery.artifact import Manifest, Output
+from bloomery.config import Config
+from bloomery.errors import BloomeryError, ConfigError
+from bloomery.progress import say
+
+STAGES = {
+    "prepare": ("bloomery.data.prepare", "PrepareConfig"),
+    "tokenizer": ("bloomery.data.tokenizer", "TokenizerConfig"),
+    "blend": ("bloomery.data.blend", "BlendConfig"),
+    "pretrain": ("bloomery.train.pretrain", "PretrainConfig"),
+    "sft": ("bloomery.posttrain.sft", "SFTConfig"),
+    "rl": ("bloomery.posttrain.rl", "RLConfig"),
+    "evaluate": ("bloomery.evaluate.evaluate", "EvaluateConfig"),
+    "export": ("bloomery.evaluate.export", "ExportConfig"),
+}
+_REFERENCE = re.compile(r"@([A-Za-z0-9_-]+)")
+_RECIPE_KEYS = ("run", "seed", "stages")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a recipe, resolved."""
+
+    name: str
+    stage: str
+    config: Config
+    out: Path
+    after: tuple[str, ...]
+
+
+def stage_module(stage: str) -> ModuleType:
+    """The module that holds a stage's `run` and, where it has one, `check`."""
+    if stage not in STAGES:
+        raise ConfigError(_unknown("stage", stage, STAGES))
+    return importlib.import_module(STAGES[stage][0])
+
+
+def stage_config(stage: str) -> type[Config]:
+    """The config class of a stage."""
+    return getattr(stage_module(stage), STAGES[stage][1])
+
+
+def _unknown(what: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"{name!r} is no {what}; " + (f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}")
+
+
+def load(path: Path, overrides: Sequence[str] = (), run: Path | None = None) -> tuple[Path, list[Step]]:
+    """Read a recipe: its run folder and its steps in the order in which they run.
+
+    Overrides name a stage first (`base.loop.max_steps=50`) or a recipe key (`seed=1`). Raises `ConfigError`.
+    """
+    data = configs.read_yaml(path)
+    for key in data.keys() - set(_RECIPE_KEYS):
+        raise ConfigError(f"{path}: {_unknown('recipe key', key, _RECIPE_KEYS)}")
+    stages = data.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise ConfigError(f"{path}: stages: found {stages!r}, expected a mapping of names to stages")
+    data = configs.apply_overrides(data, [_rooted(override, stages) for override in overrides])
+    folder = Path(run or data.get("run") or f"runs/{path.stem}")
+    steps = [_step(name, body, folder, data) for name, body in data["stages"].items()]
+    return folder, _ordered(steps)
+
+
+def _rooted(override: str, stages: Mapping[str, Any]) -> str:
+    first = override.partition("=")[0].split(".")[0]
+    if first in _RECIPE_KEYS:
+        return override
+    if first not in stages:
+        raise ConfigError(f"{override}: {_unknown('stage of this recipe', first, [*stages, *_RECIPE_KEYS])}")
+    return f"stages.{override}"
+
+
+def _step(name: str, body: Any, folder: Path, data: Mapping[str, Any]) -> Step:
+    if not isinstance(body, dict):
+        raise ConfigError(f"stages.{name}: found {body!r}, expected settings")
+    settings = {key: value for key, value in body.items() if key != "stage"}
+    stage = body.get("stage", name)
+    try:
+        cls = stage_config(stage)
+    except ConfigError as error:
+        raise ConfigError(f"stages.{name}.stage: {error}") from None
+    if "seed" in cls.model_fields and "seed" in data:
+        settings.setdefault("seed", data["seed"])
+    references = tuple(dict.fromkeys(_references(settings)))
+    for reference in references:
+        if reference not in data["stages"]:
+            raise ConfigError(
+                f"stages.{name}: @{reference}: {_unknown('stage of this recipe', reference, data['stages'])}"
+            )
+    config = configs.build(cls, _resolved(settings, folder), where=name)
+    return Step(name, stage, config, folder / name, references)
+
+
+def _references(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and (match := _REFERENCE.fullmatch(value)):
+        yield match[1]
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _references(item)
+
+
+def _resolved(value: Any, folder: Path) -> Any:
+    if isinstance(value, str):
+        return str(folder / match[1]) if (match := _REFERENCE.fullmatch(value)) else value
+    if isinstance(value, Mapping):
+        return {key: _resolved(item, folder) for key, item in value.items()}
+    return [_resolved(item, folder) for item in value] if isinstance(value, list) else value
+
+
+def _ordered(steps: list[Step]) -> list[Step]:
+    """Dependencies first; otherwise the order of the file."""
+    waiting, done, order = list(steps), set[str](), list[Step]()
+    while waiting:
+        ready = next((step for step in waiting if done.issuperset(step.after)), None)
+        if ready is None:
+            raise ConfigError(
+                f"stages {', '.join(step.name for step in waiting)} wait for one another; break the circle"
+            )
+        waiting.remove(ready)
+        done.add(ready.name)
+        order.append(ready)
+    return order
+
+
+def run(folder: Path, steps: Sequence[Step]) -> list[Manifest]:
+    """Run every step that is not done yet. Raises what the failing stage raised; what was finished stays."""
+    manifests = []
+    for position, step in enumerate(steps, 1):
+        before = Output(step.out, step.stage, step.config).done
+        if not before:
+            say(f"[{position}/{len(steps)}] {step.name} ({step.stage})")
+            run_stage(step)
+        manifest = artifact.read_manifest(step.out)
+        assert manifest is not None
+        took = "done before" if before else f"{manifest.seconds:.0f} s"
+        say(f"[{position}/{len(steps)}] {step.name}: {took}  {headline(manifest)}")
+        manifests.append(manifest)
+    return manifests
+
+
+def headline(manifest: Manifest) -> str:
+    """The first few numbers of a summary, on one line."""
+    numbers = {k: v for k, v in manifest.summary.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return "  ".join(
+        f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
+        for name, value in [*numbers.items()][:5]
+    )
+
+
+def run_stage(step: Step) -> None:
+    """One stage in a process of its own, which dies with this one.
+
+    On Linux it is a fork: imports are paid once for a whole recipe, and the parent holds no thread or device yet.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(step, sender, os.getpid()))
+    child.start()
+    sender.close()
+    error = _wait(child, receiver)
+    if error is not None:
+        raise error
+    if child.exitcode == 130:
+        raise KeyboardInterrupt
+    if child.exitcode:
+        how = f"by signal {-child.exitcode}" if child.exitcode < 0 else f"with exit code {child.exitcode}"
+        hint = "; signal 9 is usually the system running out of memory" if child.exitcode == -9 else ""
+        raise BloomeryError(f"{step.name}: the stage's process ended {how}{hint}. Run the same command to resume it")
+
+
+def _wait(child: Any, receiver: multiprocessing.connection.Connection) -> BloomeryError | None:
+    """Wait through interrupts: the child saves its state first."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        while True:
+            try:
+                child.join()
+                return receiver.recv() if receiver.poll() else None
+            except KeyboardInterrupt:
+                say("interrupted: saving, then stopping (interrupt again to stop at once)")
+            except EOFError:
+                return None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _child(step: Step, sender: multiprocessing.connection.Connection, parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never go on as an orphan
+        if os.getppid() != parent:
+            os._exit(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        stage_module(step.stage).run(step.config, step.out)
+    except BloomeryError as error:
+        sender.send(type(error)(f"{step.name}: {error}"))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def check(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
+    """What each stage can say before it runs: sizes, memory, tokens, the first batch. Nothing is written."""
+    return {step.name: check_stage(step) for step in steps}
+
+
+def check_stage(step: Step) -> dict[str, Any]:
+    """A stage's own `check`, or just its name where it has none."""
+    module = stage_module(step.stage)
+    return {"stage": step.stage, **(module.check(step.config) if hasattr(module, "check") else {})}
