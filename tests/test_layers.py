@@ -19,7 +19,7 @@ ALLOWED["train"] = ALLOWED["model"] | {"model", "data", "parallel"}
 ALLOWED["compress"] = ALLOWED["synthesize"] = ALLOWED["posttrain"] = ALLOWED["evaluate"] = ALLOWED["train"] | {
     "verify", "generate", "train",
 }  # fmt: skip
-ALLOWED["report"] = ALLOWED["model"]
+ALLOWED["report"] = ALLOWED["model"] | {"evaluate"}
 ALLOWED["chat"] = ALLOWED["train"] | {"generate"}
 ALLOWED["recipe"] = ALLOWED["evaluate"] | {"compress", "synthesize", "posttrain", "evaluate", "report"}
 ALLOWED["cli"] = ALLOWED["recipe"] | {"recipe", "chat"}
