@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 _PLAIN_SECONDS = 10.0
@@ -25,7 +25,8 @@ class Bar:
     """Progress over `total` units. `with Bar("sft", 300) as bar: bar.update(step, "loss 1.23")`."""
 
     def __init__(self, title: str, total: int):
-        self.title, self.total, self._rich = title, total, None
+        self.title, self.total = title, total
+        self._rich: Any = None  # rich is imported only where a person watches
         self._last = time.monotonic()
 
     def __enter__(self) -> "Bar":
