@@ -83,27 +83,33 @@ def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
     return (logprobs - other).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
 
-def aggregate(
-    losses: Tensor, mask: Tensor, how: Aggregation, group_tokens: Tensor | None = None, max_tokens: int | None = None
+def row_weights(
+    lengths: Tensor, how: Aggregation, group_tokens: Tensor | None = None, max_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(sum, weight) of one micro-batch; Σ sum / Σ weight over all micro-batches of a step is the aggregated loss.
+    """(weight of each token's loss, part of the denominator) for completions of `lengths` tokens, both (rows,) fp64.
 
-    `losses` (batch, seq), `mask` (batch, seq) bool: completion tokens. Rows without any count for nothing.
+    The aggregated loss of a step is Σ weight · loss / Σ part over all its rows, however they are split. A row of length
+    0 counts for nothing.
     - `token_mean`: mean over all tokens of the step (DAPO).
-    - `group_token_mean`: token mean inside each group, then mean over groups; `group_tokens` (batch,) is the number of
-      completion tokens in the whole group a row belongs to, wherever its other rows are.
+    - `group_token_mean`: token mean inside each group, then mean over groups; `group_tokens` (rows,) is the number of
+      tokens in the whole group a row belongs to, wherever its other rows are.
     - `seq_mean_token_mean`: mean inside each completion, then over completions (GRPO).
     - `seq_mean_token_sum_norm`: sum over each completion divided by the constant `max_tokens` (Dr. GRPO).
     """
-    row_sums, lengths = (losses * mask).sum(-1), mask.sum(-1).to(losses.dtype)
+    sizes = lengths.double()
+    present = (sizes > 0).double()
     if how == "token_mean":
-        return row_sums.sum(), lengths.sum()
+        return present, sizes
     if how == "group_token_mean":
         assert group_tokens is not None, "group_token_mean needs the token count of each row's group"
-        share = 1 / group_tokens.to(losses.dtype).clamp(min=1)
-        return (row_sums * share).sum(), (lengths * share).sum()
-    present = (lengths > 0).to(losses.dtype).sum()
+        share = present / group_tokens.double().clamp(min=1)
+        return share, sizes * share
     if how == "seq_mean_token_mean":
-        return (row_sums / lengths.clamp(min=1)).sum(), present
+        return present / sizes.clamp(min=1), present
     assert max_tokens is not None, "seq_mean_token_sum_norm needs the constant that divides each completion"
-    return row_sums.sum() / max_tokens, present
+    return present / max_tokens, present
+
+
+def aggregate(losses: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """Σ weight · loss over the completion tokens that `mask` marks. (batch, seq) twice, (batch,) → scalar."""
+    return (losses.masked_fill(~mask, 0.0) * weights.to(losses.dtype)[:, None]).sum()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bloomery.posttrain import objectives
-from bloomery.posttrain.objectives import advantages, aggregate, degenerate
+from bloomery.posttrain.objectives import advantages, aggregate, degenerate, row_weights
 
 ALL = torch.ones(1, 8, dtype=torch.bool)
 
@@ -116,16 +116,17 @@ GROUP_TOKENS = torch.tensor([5, 5, 2])  # rows 0 and 1 are one group, row 2 anot
     ],
 )
 def test_aggregations_by_hand_and_split_over_micro_batches(how: objectives.Aggregation, expected: float) -> None:
-    total, weight = aggregate(LOSSES, MASK, how, GROUP_TOKENS, max_tokens=10)
-    assert (total / weight).item() == pytest.approx(expected)
-    parts = [aggregate(LOSSES[[i]], MASK[[i]], how, GROUP_TOKENS[[i]], max_tokens=10) for i in range(3)]
-    assert (sum(part[0] for part in parts) / sum(part[1] for part in parts)).item() == pytest.approx(expected)
+    weights, parts = row_weights(MASK.sum(-1), how, GROUP_TOKENS, max_tokens=10)
+    assert (aggregate(LOSSES, MASK, weights) / parts.sum()).item() == pytest.approx(expected)
+    sums = [aggregate(LOSSES[[i]], MASK[[i]], weights[[i]]) for i in range(3)]
+    assert (torch.stack(sums).sum() / parts.sum()).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("how", ["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
 def test_a_masked_row_counts_for_nothing(how: objectives.Aggregation) -> None:
     mask = torch.cat([MASK, torch.zeros(1, 4, dtype=torch.bool)])
-    losses = torch.cat([LOSSES, torch.full((1, 4), 99.0)])
-    with_row = aggregate(losses, mask, how, torch.tensor([5, 5, 2, 0]), max_tokens=10)
-    without = aggregate(LOSSES, MASK, how, GROUP_TOKENS, max_tokens=10)
-    assert [value.item() for value in with_row] == pytest.approx([value.item() for value in without])
+    losses = torch.cat([LOSSES, torch.full((1, 4), float("inf"))])
+    weights, parts = row_weights(mask.sum(-1), how, torch.tensor([5, 5, 2, 0]), max_tokens=10)
+    expected_weights, expected_parts = row_weights(MASK.sum(-1), how, GROUP_TOKENS, max_tokens=10)
+    assert aggregate(losses, mask, weights).item() == pytest.approx(aggregate(LOSSES, MASK, expected_weights).item())
+    assert parts.sum().item() == pytest.approx(expected_parts.sum().item())

@@ -1,0 +1,82 @@
+"""Rollouts as micro-batches: generated tokens as they are, their advantages, and what each counts in the mean."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bloomery.data.pack import IGNORE, Batch
+from bloomery.posttrain.objectives import Aggregation, Baseline, Scale, advantages, row_weights
+from bloomery.posttrain.rollouts import Rollouts, Sample
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion to learn from."""
+
+    sample: Sample
+    advantage: float
+    weight: float
+
+    @property
+    def length(self) -> int:
+        """Positions trained on or read: prompt and completion without the last token."""
+        return len(self.sample.prompt.ids) + self.sample.tokens - 1
+
+
+def micro_batches(
+    rollouts: Rollouts, micro_batch_tokens: int, pad_id: int, aggregation: Aggregation, max_new_tokens: int,
+    baseline: Baseline = "group_mean", scale: Scale = "group_std", keep_all: bool = False,
+) -> list[Batch]:  # fmt: skip
+    """The micro-batches of one optimizer step, rows of like length together, each at most `micro_batch_tokens` padded.
+
+    Beside the keys of every batch: `advantages` (batch,), `generator_logprobs` (batch, seq), `row_weights` (batch,) that
+    multiply each token's loss, and `loss_weight` (1,): this micro-batch's part of the step's denominator.
+    A sample without verdict, and one left alone in its group, is masked: it is neither trained on nor counted. A sample
+    with advantage 0 is counted and, unless `keep_all`, not computed: its gradient is zero.
+    """
+    values = advantages(rollouts.rewards, rollouts.valid, baseline, scale).flatten()
+    counted = (rollouts.valid & (rollouts.valid.sum(-1, keepdim=True) > 1)).flatten()
+    tokens = torch.tensor([s.tokens for s in rollouts.samples]) * counted
+    group_tokens = tokens.view(rollouts.valid.shape).sum(-1, keepdim=True).expand(rollouts.valid.shape).flatten()
+    weights, parts = row_weights(tokens, aggregation, group_tokens, max_new_tokens)
+    chosen = counted & (torch.ones_like(counted) if keep_all else values != 0)
+    rows = [
+        Row(rollouts.samples[i], values[i].item(), weights[i].item()) for i in chosen.nonzero().flatten().tolist()
+    ]
+    batches = [_to_batch(part, pad_id) for part in split_by_length(rows, micro_batch_tokens)]
+    for batch in batches:
+        batch["loss_weight"] = parts.sum(dtype=torch.float32)[None] / len(batches)
+    return batches
+
+
+def split_by_length(rows: Sequence[Row], micro_batch_tokens: int) -> list[list[Row]]:
+    """Rows sorted by length, cut so that rows × longest stays within the budget (one row may exceed it alone)."""
+    parts: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -row.length):
+        if not parts or (len(parts[-1]) + 1) * parts[-1][0].length > micro_batch_tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+def _to_batch(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Right-padded; what is learnt is marked by lengths, never by a token's value."""
+    shape = (len(rows), max(row.length for row in rows))
+    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
+    logprobs = torch.zeros(shape)
+    for i, row in enumerate(rows):
+        completion, start = row.sample.completion, len(row.sample.prompt.ids) - 1
+        assert completion.logprobs is not None, "training needs the generator's log-probabilities"
+        input_ids[i, : row.length] = torch.tensor([*row.sample.prompt.ids, *completion.token_ids[:-1]])
+        labels[i, start : row.length] = torch.tensor(completion.token_ids)
+        logprobs[i, start : row.length] = torch.tensor(completion.logprobs)
+    return {
+        "input_ids": input_ids, "labels": labels, "generator_logprobs": logprobs,
+        "advantages": _column(row.advantage for row in rows), "row_weights": _column(row.weight for row in rows),
+    }  # fmt: skip
+
+
+def _column(values: "Sequence[float] | object") -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float32)  # type: ignore[call-overload]
