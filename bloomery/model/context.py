@@ -1,0 +1,105 @@
+"""What every layer of one forward call shares: documents, positions, masks. Built once a call, not once a layer."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bloomery.model.state import DecodeState
+
+
+@dataclass
+class Context:
+    """One call on (batch, seq) tokens.
+
+    `starts` (batch,) are the tokens each row already holds in its state, `held` the largest and `aligned` whether all
+    are equal; without a state they are absent, 0 and true. `lengths` (batch,) are the valid tokens of each row of a
+    right-padded input. `rope` is (cos, sin) for the positions of this call.
+    """
+
+    batch: int
+    seq: int
+    device: torch.device
+    segment_ids: Tensor | None = None
+    lengths: Tensor | None = None
+    sliding_window: int | None = None
+    starts: Tensor | None = None
+    held: int = 0
+    aligned: bool = True
+    rope: tuple[Tensor, Tensor] | None = None
+    max_tokens: int = field(default=0)
+
+    @classmethod
+    def build(
+        cls,
+        input_ids: Tensor,
+        segment_ids: Tensor | None,
+        state: DecodeState | None,
+        lengths: Tensor | None,
+        sliding_window: int | None,
+    ) -> "Context":
+        """Reads the state's lengths once (one synchronisation on an accelerator)."""
+        batch, seq = input_ids.shape
+        context = cls(batch, seq, input_ids.device, segment_ids, lengths, sliding_window)
+        if state is not None:
+            low, high = state.lengths.aminmax()
+            context.starts, context.held, context.max_tokens = state.lengths, int(high), state.max_tokens
+            context.aligned = int(low) == context.held
+        return context
+
+    @property
+    def total(self) -> int:
+        """Keys an attention layer looks at: the longest row's held tokens plus the new ones."""
+        return self.held + self.seq
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each new token in its row, (batch or 1, seq)."""
+        new = torch.arange(self.seq, device=self.device)
+        if self.aligned:
+            return (new + self.held)[None]
+        assert self.starts is not None
+        return self.starts[:, None] + new
+
+    @property
+    def causal(self) -> bool:
+        """True when a plain causal mask over the new tokens is all that is needed."""
+        return self.held == 0 and self.segment_ids is None and self._unlimited
+
+    @property
+    def _unlimited(self) -> bool:
+        return self.sliding_window is None or self.sliding_window >= self.total
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Which keys a query sees: (batch or 1, 1, seq, total) bool, or `None` for all of them or for `causal`."""
+        if self.causal or (self.seq == 1 and self.aligned and self._unlimited):
+            return None
+        keys = torch.arange(self.total, device=self.device)
+        queries = self.positions[:, :, None]
+        seen = keys <= queries
+        if not self._unlimited:
+            seen = seen & (keys > queries - self.sliding_window)
+        if self.segment_ids is not None:
+            seen = seen & (self.segment_ids[:, :, None] == self.segment_ids[:, None, :])
+        return seen[:, None]
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """(batch, seq) bool: false on right padding; `None` when there is none."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.seq, device=self.device) < self.lengths[:, None]
+
+    def cache_rows(self, heads: int) -> Tensor:
+        """Rows of a key cache seen as (batch · heads · max_tokens, head_dim) where this call's single token goes."""
+        if heads not in self._rows:
+            assert self.starts is not None
+            slots = torch.arange(self.batch * heads, device=self.device).view(self.batch, heads)
+            self._rows[heads] = (slots * self.max_tokens + self.starts[:, None]).flatten()
+        return self._rows[heads]
+
+    @cached_property
+    def _rows(self) -> dict[int, Tensor]:
+        return {}

@@ -1,0 +1,102 @@
+"""The Mamba-2 mixer (arXiv 2405.21060) as used by Nemotron-H (arXiv 2504.03624)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bloomery.model.config import ModelConfig
+from bloomery.model.context import Context
+from bloomery.model.conv import causal_conv
+from bloomery.model.layers import GatedRMSNorm
+from bloomery.model.scan import ChunkedScan
+from bloomery.model.state import MambaCache
+
+
+class Mamba(nn.Module):
+    """The `M` mixer. `in_proj` rows are z | x | B | C | dt; heads are contiguous by group."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        heads, inner, conv = config.mamba_num_heads, config.mamba_inner_size, config.mamba_conv_size
+        self.config = config
+        self.in_proj = nn.Linear(config.hidden_size, sum(config.mamba_in_proj_sizes), bias=False)
+        self.conv1d = nn.Conv1d(conv, conv, config.conv_kernel, groups=conv, bias=config.use_conv_bias)
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.ones(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.norm = GatedRMSNorm(inner, config.n_groups, config.norm_eps)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.scan = ChunkedScan(config.chunk_size)
+        self._reset_time_scales()
+
+    @torch.no_grad()
+    def _reset_time_scales(self) -> None:
+        """dt log-uniform in [time_step_min, time_step_max], A uniform in [1, 16] (the Mamba-2 reference)."""
+        low, high = math.log(self.config.time_step_min), math.log(self.config.time_step_max)
+        dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp(min=self.config.time_step_floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log())
+
+    def forward(self, x: Tensor, context: Context, cache: MambaCache | None = None) -> Tensor:
+        """x (batch, seq, hidden) → the same shape; `cache` is read as what came before and moved on."""
+        if cache is not None and context.seq == 1:
+            return self._step(x[:, 0], cache).unsqueeze(1)
+        z, conv_in, dt = self.in_proj(x).split(self.config.mamba_in_proj_sizes, dim=-1)
+        left = None if cache is None else cache.conv
+        mixed = causal_conv(conv_in, self.conv1d.weight[:, 0], self.conv1d.bias, left, context.segment_ids)
+        inputs, B, C = self._split(mixed)
+        dt = self._time_steps(dt)
+        if context.valid is not None:
+            dt = dt * context.valid.unsqueeze(-1)
+        y, final = self.scan(inputs, dt, self._A(), B, C, context.segment_ids, None if cache is None else cache.ssm)
+        if cache is not None:
+            cache.ssm.copy_(final)
+            cache.conv.copy_(_last_columns(cache.conv, conv_in, context.lengths))
+        y = y + inputs * self.D.unsqueeze(-1)
+        return self.out_proj(self.norm(y.flatten(2), z))
+
+    def _step(self, x: Tensor, cache: MambaCache) -> Tensor:
+        """One token a row, x (batch, hidden): the recurrence itself, in place."""
+        z, conv_in, dt = self.in_proj(x).split(self.config.mamba_in_proj_sizes, dim=-1)
+        window = torch.cat([cache.conv, conv_in.unsqueeze(1)], dim=1)
+        cache.conv.copy_(window[:, 1:])
+        mixed = (window * self.conv1d.weight[:, 0].T).sum(1)
+        if self.conv1d.bias is not None:
+            mixed += self.conv1d.bias
+        inputs, B, C = self._split(F.silu(mixed).float())
+        dt = self._time_steps(dt)
+        state = cache.ssm
+        state.mul_((dt * self._A()).exp()[..., None, None])
+        grouped = state.unflatten(1, (self.config.n_groups, -1)).flatten(2, 3)  # (batch, groups, channels, state)
+        update = (inputs * dt.unsqueeze(-1)).view(*grouped.shape[:3])
+        grouped.addcmul_(update.unsqueeze(-1), B.unsqueeze(2))
+        y = (grouped @ C.unsqueeze(-1)).view(inputs.shape)
+        y = torch.addcmul(y, inputs, self.D.unsqueeze(-1))
+        return self.out_proj(self.norm(y.flatten(1), z))
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolution output → x (…, heads, head_dim), B and C (…, groups, state)."""
+        shared = self.config.n_groups * self.config.ssm_state_size
+        x, B, C = mixed.split([self.config.mamba_inner_size, shared, shared], dim=-1)
+        groups = (self.config.n_groups, self.config.ssm_state_size)
+        return x.unflatten(-1, (-1, self.config.mamba_head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _time_steps(self, raw: Tensor) -> Tensor:
+        dt = F.softplus(raw.float() + self.dt_bias)
+        low, high = self.config.time_step_limit
+        return dt if low == 0 and high == math.inf else dt.clamp(low, high)
+
+    def _A(self) -> Tensor:
+        return -self.A_log.float().exp()
+
+
+def _last_columns(held: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last K − 1 columns of [held ‖ new] up to each row's last valid token."""
+    both = torch.cat([held, new], dim=1)
+    width = held.shape[1]
+    if lengths is None:
+        return both[:, both.shape[1] - width :]
+    columns = lengths[:, None] + torch.arange(width, device=new.device)
+    return both.gather(1, columns[:, :, None].expand(-1, -1, new.shape[-1]))

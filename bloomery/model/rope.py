@@ -1,0 +1,74 @@
+"""Rotary position embedding (arXiv 2104.09864) in Hugging Face's half-split channel order."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from bloomery.model.config import RopeConfig
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per token of each channel pair, (head_dim / 2,) float32, after the context-extension rule."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_type == "linear":
+        return frequencies / config.factor
+    return _llama3(frequencies, config) if config.rope_type == "llama3" else frequencies
+
+
+def _llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
+    """Llama 3.1: slow pairs are slowed by `factor`, fast ones kept, those between blended linearly in turns."""
+    turns = config.original_max_position_embeddings * frequencies / (2 * math.pi)
+    span = config.high_freq_factor - config.low_freq_factor
+    keep = ((turns - config.low_freq_factor) / span).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / config.factor)
+
+
+class Rope:
+    """Tables of cos and sin that grow to the longest position asked for."""
+
+    def __init__(self, config: RopeConfig, head_dim: int):
+        self.config, self.head_dim = config, head_dim
+        self._table: Tensor | None = None
+
+    def __call__(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for `positions` (batch, seq), all below `longest`: each (batch, seq, 1, head_dim / 2) float32."""
+        cos_sin = self._upto(longest, positions.device)[positions]
+        cos, sin = cos_sin.unsqueeze(-2).chunk(2, -1)
+        return cos, sin
+
+    def _upto(self, longest: int, device: torch.device) -> Tensor:
+        if self._table is None or len(self._table) < longest or self._table.device != device:
+            rows = torch.arange(1 << max(longest - 1, 1).bit_length(), dtype=torch.float32)
+            angles = torch.outer(rows, inverse_frequencies(self.config, self.head_dim))
+            self._table = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+        return self._table
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns channel pairs (i, i + head_dim / 2) of x (batch, seq, heads, head_dim) by the angle in cos and sin."""
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward of a rotation is the rotation back, so nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1.0), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    first, second = x.chunk(2, -1)
+    out_first, out_second = out.chunk(2, -1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)
+    return out

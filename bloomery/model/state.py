@@ -1,0 +1,122 @@
+"""What a decoder remembers between calls: keys and values, convolution columns, Mamba-2 states. Written in place."""
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from bloomery.model.config import ModelConfig
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of one attention layer, each (batch, key_value_heads, max_tokens, head_dim)."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> Self:
+        shape = batch, config.num_key_value_heads, max_tokens, config.head_dim
+        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+
+
+@dataclass
+class MambaCache:
+    """Of one Mamba-2 layer: the last raw convolution inputs (batch, conv_kernel − 1, conv channels) in the model's
+    dtype, and the state (batch, heads, head_dim, state) in float32: a 16-bit state drifts over long generations."""
+
+    conv: Tensor
+    ssm: Tensor
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> Self:
+        ssm = batch, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
+        conv = batch, config.conv_kernel - 1, config.mamba_conv_size
+        return cls(torch.zeros(conv, device=device, dtype=dtype), torch.zeros(ssm, device=device, dtype=torch.float32))
+
+
+Cache = KeyValueCache | MambaCache | None
+CACHES = {"*": KeyValueCache, "M": MambaCache}
+
+
+@dataclass
+class DecodeState:
+    """Preallocated memory for `batch` sequences, each at its own length.
+
+    `lengths` (batch,) int64 counts the tokens held by each row. A row whose length is 0 is free: what its buffers
+    hold is ignored by attention; `clear` (or `put`) makes them usable again for the Mamba-2 layers.
+    """
+
+    layers: list[Cache]
+    lengths: Tensor
+    max_tokens: int
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        max_tokens: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Zeroed buffers; their bytes are `config.cache_bytes(batch, max_tokens, dtype)`."""
+        place = torch.device(device or "cpu"), dtype or torch.get_default_dtype()
+        layers = [
+            CACHES[kind].allocate(config, batch, max_tokens, *place) if kind in CACHES else None
+            for kind in config.pattern
+        ]
+        return cls(layers, torch.zeros(batch, dtype=torch.int64, device=place[0]), max_tokens)
+
+    @property
+    def batch(self) -> int:
+        """Rows, free ones included."""
+        return len(self.lengths)
+
+    def head(self, rows: int) -> "DecodeState":
+        """The first `rows` rows, sharing memory: decode fewer sequences without copying."""
+        return DecodeState(
+            [_map(c, lambda buffer: buffer[:rows]) for c in self.layers], self.lengths[:rows], self.max_tokens
+        )
+
+    def take(self, rows: Tensor) -> "DecodeState":
+        """A copy of these rows (n,), with room for `max_tokens` as before."""
+        return DecodeState(
+            [_map(c, lambda buffer: buffer[rows]) for c in self.layers], self.lengths[rows], self.max_tokens
+        )
+
+    def put(self, slots: Tensor, other: "DecodeState") -> None:
+        """Copies all rows of `other` into rows `slots` (n,) of this state."""
+        if len(slots) != other.batch:
+            raise ValueError(f"put: {len(slots)} slots for {other.batch} rows; give one slot per row")
+        held = int(other.lengths.max()) if other.batch else 0
+        if held > self.max_tokens:
+            raise ValueError(f"put: a row holds {held} tokens, this state has room for {self.max_tokens}")
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if isinstance(mine, KeyValueCache):
+                mine.keys[slots, :, :held] = theirs.keys[:, :, :held]
+                mine.values[slots, :, :held] = theirs.values[:, :, :held]
+            elif isinstance(mine, MambaCache):
+                mine.conv[slots] = theirs.conv
+                mine.ssm[slots] = theirs.ssm
+        self.lengths[slots] = other.lengths
+
+    def clear(self, slots: Tensor) -> None:
+        """Frees rows `slots` (n,): length 0 and empty Mamba-2 memory, ready for a new prompt."""
+        self.lengths[slots] = 0
+        for cache in self.layers:
+            if isinstance(cache, MambaCache):
+                cache.conv[slots] = 0
+                cache.ssm[slots] = 0
+
+
+def _map(cache: Cache, function) -> Cache:
+    if cache is None:
+        return None
+    return type(cache)(*(function(getattr(cache, field.name)) for field in fields(cache)))
