@@ -168,13 +168,9 @@ def _refuse_too_many_epochs(plan: Plan, config: BlendConfig) -> None:
 def _write_source(
     name: str, source: BlendSource, tokenizer: Tokenizer, config: BlendConfig, output: Output
 ) -> dict[str, Any]:
-    """Tokenize, split and pack one source; returns its counts. Raises `ArtifactError` when nothing is left to train on."""
+    """Tokenize, split and pack one source; returns its counts. Raises `ArtifactError` when nothing is left."""
     stats = {"documents": 0, "empty": 0, "split": 0, "validation_documents": 0}
-    shape = (
-        config.seq_len + 1,
-        config.packing,
-        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
+    shape = (config.seq_len + 1, config.packing, tokenizer.pad_token_id or 0)
     texts = (row["text"] for row in read_rows(source.path, "documents", source.source))
     with (
         RowWriter(shard(output.data, name), *shape) as train,

@@ -153,7 +153,8 @@ class Examples:
 def encode_examples(tokenizer: Tokenizer, rows: Iterable[dict[str, Any]], max_tokens: int, drops: Drops) -> Examples:
     """Encode rows of kind `messages`. An example longer than `max_tokens` is dropped, never cut, and so is one without
     supervised tokens; both are counted in `drops`. Raises `ArtifactError` when nothing is left, saying why."""
-    ids, learnt, lengths, sources, names = [], [], [], [], {}
+    ids, learnt, lengths, sources = [], [], [], []
+    names: dict[str, int] = {}
     for row in rows:
         try:
             tokens, mask = encode_example(tokenizer, row["messages"])

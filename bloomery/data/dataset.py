@@ -151,7 +151,7 @@ def _rows(files: list[Path], schema: pa.Schema) -> Iterator[Row]:
 
 def _normal(row: Row, schema: pa.Schema, number: int, file: Path) -> Row:
     """A row with its origin columns filled, and messages without null keys."""
-    row = {"id": str(number), "source": _source_of(file), "metadata": "{}"} | row
+    row = {"id": str(number), "source": _source_of(file), "metadata": "{}", **row}
     for field in schema:
         if field.type == _CHAT and row[field.name] is not None:
             row[field.name] = [{k: v for k, v in message.items() if v is not None} for message in row[field.name]]

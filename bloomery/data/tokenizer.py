@@ -109,8 +109,9 @@ class Tokenizer:
 
     @property
     def pad_token_id(self) -> int | None:
-        """Fills rows; never an input that matters, never a label."""
-        return self._id("pad_token")
+        """Fills rows, never as a label; the end token where the vocabulary has none for it."""
+        padding = self._id("pad_token")
+        return self.eos_token_id if padding is None else padding
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -138,12 +139,15 @@ class Tokenizer:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        render: Any = render_jinja_template  # annotated as `str`, it returns two lists
         try:
-            rendered, spans = render_jinja_template(
-                [[dict(message) for message in messages]], chat_template=self.chat_template,
-                return_assistant_tokens_mask=self.marks_generation, add_generation_prompt=add_generation_prompt,
+            rendered, spans = render(
+                [[dict(message) for message in messages]],
+                chat_template=self.chat_template,
+                return_assistant_tokens_mask=self.marks_generation,
+                add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
-            )  # fmt: skip
+            )
         except (TemplateError, TypeError) as error:
             raise ConfigError(f"{self.name or 'tokenizer'}: the chat template refuses this chat: {error}") from None
         return rendered[0], spans[0] if spans else []
