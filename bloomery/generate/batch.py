@@ -178,4 +178,6 @@ class Batch:
         if self._text_of:
             text = cut(self._text_of(tokens[:-1] if at_stop_token else tokens), params.stop)
         reason = reason or ("stop" if stopped else "length")
-        return live.waiting.index, Completion(tokens, logprobs if params.logprobs else None, reason, self.weight_version, text)
+        return live.waiting.index, Completion(
+            tokens, logprobs if params.logprobs else None, reason, self.weight_version, text
+        )

@@ -28,11 +28,19 @@ class SamplingParams(Config):
     max_new_tokens: int = Field(256, ge=1, description="most tokens to generate, the stop token included")
     temperature: float = Field(1.0, ge=0, description="divides the logits; 0 takes the likeliest token (greedy)")
     top_k: int = Field(0, ge=0, description="keep only this many likeliest tokens; 0 keeps all")
-    top_p: float = Field(1.0, gt=0, le=1, description="keep the fewest likeliest tokens that hold this probability; 1 keeps all")
-    min_p: float = Field(0.0, ge=0, lt=1, description="drop tokens below this fraction of the likeliest one's probability; 0: none")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="keep the fewest likeliest tokens that hold this probability; 1 keeps all"
+    )
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="drop tokens below this fraction of the likeliest one's probability; 0: none"
+    )
     stop: tuple[str, ...] = Field((), description="end as soon as the generated text contains one of these strings")
-    stop_token_ids: tuple[int, ...] = Field((), description="end after one of these tokens, which stays in the completion")
-    seed: int = Field(0, ge=0, lt=2**63, description="chooses the text; equal requests with equal seeds get equal texts")
+    stop_token_ids: tuple[int, ...] = Field(
+        (), description="end after one of these tokens, which stays in the completion"
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="chooses the text; equal requests with equal seeds get equal texts"
+    )
     logprobs: bool = Field(True, description="return the log-probability of each generated token, nats")
 
     @field_validator("temperature")
