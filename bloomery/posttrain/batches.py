@@ -1,6 +1,6 @@
 """Rollouts as micro-batches: generated tokens as they are, their advantages, and what each counts in the mean."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 from bloomery.data.pack import IGNORE, Batch
 from bloomery.posttrain.objectives import Aggregation, Baseline, Scale, advantages, row_weights
 from bloomery.posttrain.rollouts import Rollouts, Sample
+
+_FEWEST_ROWS = 16
+_MOST_PADDING = 0.25
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,10 @@ class Row:
 
 
 def micro_batches(
-    rollouts: Rollouts, micro_batch_tokens: int, pad_id: int, aggregation: Aggregation, max_new_tokens: int,
+    rollouts: Rollouts, micro_batch_size: int, pad_id: int, aggregation: Aggregation, max_new_tokens: int,
     baseline: Baseline = "group_mean", scale: Scale = "group_std", keep_all: bool = False,
 ) -> list[Batch]:  # fmt: skip
-    """The micro-batches of one optimizer step, rows of like length together, each at most `micro_batch_tokens` padded.
+    """The micro-batches of one optimizer step: rows of like length together, at most `micro_batch_size` of them.
 
     Beside the keys of every batch: `advantages` (batch,), `generator_logprobs` (batch, seq), `row_weights` (batch,) that
     multiply each token's loss, and `loss_weight` (1,): this micro-batch's part of the step's denominator.
@@ -42,20 +45,20 @@ def micro_batches(
     group_tokens = tokens.view(rollouts.valid.shape).sum(-1, keepdim=True).expand(rollouts.valid.shape).flatten()
     weights, parts = row_weights(tokens, aggregation, group_tokens, max_new_tokens)
     chosen = counted & (torch.ones_like(counted) if keep_all else values != 0)
-    rows = [
-        Row(rollouts.samples[i], values[i].item(), weights[i].item()) for i in chosen.nonzero().flatten().tolist()
-    ]
-    batches = [_to_batch(part, pad_id) for part in split_by_length(rows, micro_batch_tokens)]
+    rows = [Row(rollouts.samples[i], values[i].item(), weights[i].item()) for i in chosen.nonzero().flatten().tolist()]
+    batches = [_to_batch(part, pad_id) for part in split_by_length(rows, micro_batch_size)]
     for batch in batches:
         batch["loss_weight"] = parts.sum(dtype=torch.float32)[None] / len(batches)
     return batches
 
 
-def split_by_length(rows: Sequence[Row], micro_batch_tokens: int) -> list[list[Row]]:
-    """Rows sorted by length, cut so that rows × longest stays within the budget (one row may exceed it alone)."""
+def split_by_length(rows: Sequence[Row], most: int) -> list[list[Row]]:
+    """Rows sorted by length and cut after `most`, or earlier where a shorter row would be a quarter padding."""
     parts: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: -row.length):
-        if not parts or (len(parts[-1]) + 1) * parts[-1][0].length > micro_batch_tokens:
+        last = parts[-1] if parts else []
+        padded = last and len(last) >= _FEWEST_ROWS and row.length < (1 - _MOST_PADDING) * last[0].length
+        if not last or len(last) == most or padded:
             parts.append([])
         parts[-1].append(row)
     return parts
@@ -78,5 +81,5 @@ def _to_batch(rows: Sequence[Row], pad_id: int) -> Batch:
     }  # fmt: skip
 
 
-def _column(values: "Sequence[float] | object") -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float32)  # type: ignore[call-overload]
+def _column(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float32)

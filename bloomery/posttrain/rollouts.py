@@ -22,7 +22,8 @@ from bloomery.errors import BloomeryError
 from bloomery.generate.engine import Completion, Engine, Request
 from bloomery.generate.sampling import SamplingParams, derive_seed
 from bloomery.posttrain.objectives import degenerate
-from bloomery.verify import Pool, Verdict
+from bloomery.verify.pool import Pool
+from bloomery.verify.verdict import Verdict
 
 
 @dataclass(frozen=True)

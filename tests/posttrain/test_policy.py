@@ -1,0 +1,173 @@
+"""Micro-batches and the policy-gradient objective: any split gives the gradient of a plain loop over tokens."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from bloomery.data.pack import IGNORE
+from bloomery.data.prompts import Prompt
+from bloomery.errors import DivergenceError
+from bloomery.generate.request import Completion
+from bloomery.posttrain.batches import Row, micro_batches, split_by_length
+from bloomery.posttrain.policy import PolicyGradient, add_reference_logprobs
+from bloomery.posttrain.rollouts import Rollouts, Sample
+from bloomery.verify.verdict import Verdict
+
+VOCAB, TEMPERATURE, MAX_NEW = 11, 0.6, 8
+
+
+class Recurrent(nn.Module):
+    """The smallest causal model with the decoder's interface."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.cell = nn.Embedding(VOCAB, 8), nn.GRU(8, 8, batch_first=True)
+        self.lm_head = nn.Linear(8, VOCAB, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, segment_ids: None = None, position_ids: None = None) -> torch.Tensor:
+        return self.cell(self.embedding(input_ids))[0]
+
+
+def logprobs_of(model: nn.Module, prompt: tuple[int, ...], completion: list[int]) -> torch.Tensor:
+    logits = model.lm_head(model(torch.tensor([[*prompt, *completion]])))[0] / TEMPERATURE
+    return torch.log_softmax(logits, -1)[torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1), completion]
+
+
+def sample(model: nn.Module, prompt: Prompt, length: int, score: float | None) -> Sample:
+    tokens = torch.randint(0, VOCAB, (length,)).tolist()
+    with torch.no_grad():
+        logprobs = logprobs_of(model, prompt.ids, tokens).tolist()
+    status = "infra_error" if score is None else "correct" if score else "wrong"
+    return Sample(prompt, Completion(tokens, logprobs, "stop", 0, ""), Verdict.of(status))
+
+
+SCORES: list[list[float | None]] = [[1, 0, 0, 1], [0, 0, 0, 0], [1, None, 0, 0], [None, None, None, 1]]
+
+
+@pytest.fixture
+def rollouts() -> Rollouts:
+    model = Recurrent()
+    prompts = [Prompt(str(i), "s", [], "", "", tuple(range(1, i + 3))) for i in range(len(SCORES))]
+    lengths = iter([3, 8, 1, 5, 2, 4, 6, 7, 3, 3, 8, 2, 1, 1, 5, 4])
+    pairs = zip(prompts, SCORES, strict=True)
+    return Rollouts([[sample(model, prompt, next(lengths), score) for score in scores] for prompt, scores in pairs])
+
+
+def gradient(model: nn.Module, losses: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    pairs = list(losses)
+    (sum(pair[0] for pair in pairs) / sum(pair[1] for pair in pairs)).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def by_batches(rollouts: Rollouts, budget: int, how: str, **options: bool) -> tuple[torch.Tensor, int]:
+    model, objective = Recurrent(), PolicyGradient(TEMPERATURE, 1e-4)
+    batches = micro_batches(rollouts, budget, 0, how, MAX_NEW, **options)  # type: ignore[arg-type]
+    losses = [objective(model, batch) for batch in batches]
+    return gradient(model, ((loss.sum, loss.weight) for loss in losses)), len(batches)  # type: ignore[misc]
+
+
+def by_loop(rollouts: Rollouts, how: str) -> torch.Tensor:
+    """Every token on its own; advantages by the textbook."""
+    model, counted, total = (
+        Recurrent(),
+        [g for g in rollouts.groups if sum(s.verdict.score is not None for s in g) > 1],
+        [],
+    )
+    judged = [[s for s in group if s.verdict.score is not None] for group in counted]
+    tokens = sum(s.tokens for group in judged for s in group)
+    for group in judged:
+        rewards = torch.tensor([s.verdict.score for s in group], dtype=torch.float64)
+        gains = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        divisor = {
+            "token_mean": lambda s: tokens,
+            "group_token_mean": lambda s, group=group: len(judged) * sum(s.tokens for s in group),
+            "seq_mean_token_mean": lambda s: s.tokens * sum(map(len, judged)),
+            "seq_mean_token_sum_norm": lambda s: MAX_NEW * sum(map(len, judged)),
+        }[how]
+        for s, gain in zip(group, gains, strict=True):
+            for logprob in logprobs_of(model, s.prompt.ids, s.completion.token_ids):
+                total.append(-gain.float() * logprob / divisor(s))
+    return gradient(model, iter([(torch.stack(total).sum(), torch.ones(()))]))
+
+
+@pytest.mark.parametrize("how", ["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+def test_any_split_gives_the_gradient_of_the_plain_loop(rollouts: Rollouts, how: str) -> None:
+    expected = by_loop(rollouts, how)
+    whole, one = by_batches(rollouts, 10_000, how)
+    split, many = by_batches(rollouts, 1, how)
+    everything, _ = by_batches(rollouts, 4, how, keep_all=True)
+    assert (one, many) == (1, 7)  # the rows with an advantage: 4 + 3
+    assert expected.abs().max() > 1e-3
+    for found in (whole, split, everything):
+        assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
+
+
+def test_batches_hold_the_generators_own_tokens(rollouts: Rollouts) -> None:
+    for batch in micro_batches(rollouts, 1, 0, "token_mean", MAX_NEW):
+        labels = batch["labels"][0]
+        start = int((labels != IGNORE).nonzero()[0])
+        found = (tuple(batch["input_ids"][0, : start + 1].tolist()), labels[start:].tolist())
+        assert found in [(s.prompt.ids, s.completion.token_ids) for s in rollouts.samples]
+        assert batch["generator_logprobs"][0, start:].lt(0).all()
+
+
+def test_rows_without_verdict_and_rows_left_alone_are_masked(rollouts: Rollouts) -> None:
+    batches = micro_batches(rollouts, 4, 0, "token_mean", MAX_NEW, keep_all=True)
+    assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 3]
+    tokens = sum(s.tokens for group in rollouts.groups[:3] for s in group if s.verdict.score is not None)
+    assert sum(batch["loss_weight"].item() for batch in batches) == pytest.approx(tokens)
+
+
+def test_short_rows_are_not_padded_to_the_longest() -> None:
+    prompt = Prompt("p", "s", [], "", "", (1,))
+    rows = [Row(Sample(prompt, Completion([2] * n, [-1.0] * n, "stop", 0, ""), Verdict.of("wrong")), 1.0, 1.0)
+            for n in [40, 10, 100] * 20]  # fmt: skip
+    parts = split_by_length(rows, 32)
+    assert [len(part) for part in parts] == [20, 20, 20]
+    assert [{row.length for row in part} for part in parts] == [{100}, {40}, {10}]
+    assert [len(part) for part in split_by_length(rows[:30], 8)] == [8, 8, 8, 6]
+
+
+def test_on_policy_certificate(rollouts: Rollouts) -> None:
+    batch = micro_batches(rollouts, 10_000, 0, "token_mean", MAX_NEW)[0]
+    objective = PolicyGradient(TEMPERATURE, 1e-4)
+    metrics = objective(Recurrent(), batch).metrics
+    assert objective.largest_gap < 1e-5
+    assert metrics["logprob_gap"][0] / metrics["logprob_gap"][1] <= objective.largest_gap
+    with pytest.raises(DivergenceError, match="not from the policy being trained"):
+        objective(Recurrent(seed=1), batch)
+    with pytest.raises(DivergenceError, match="another temperature"):
+        PolicyGradient(1.0, 0.01)(Recurrent(), batch)
+
+
+def test_not_a_number_is_not_on_policy(rollouts: Rollouts) -> None:
+    model = Recurrent()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(DivergenceError):
+        PolicyGradient(TEMPERATURE, 0.05)(model, micro_batches(rollouts, 99, 0, "token_mean", MAX_NEW)[0])
+
+
+def test_penalty_pulls_towards_the_reference(rollouts: Rollouts) -> None:
+    batches = micro_batches(rollouts, 10_000, 0, "token_mean", MAX_NEW, keep_all=True)
+    add_reference_logprobs(Recurrent(), batches, TEMPERATURE)
+    same = PolicyGradient(TEMPERATURE, 9.0, kl=0.1)(Recurrent(), batches[0]).metrics["reference_kl"]
+    assert float(same[0]) == pytest.approx(0.0, abs=1e-6)
+    add_reference_logprobs(Recurrent(seed=1), batches, TEMPERATURE)
+    loss = PolicyGradient(TEMPERATURE, 9.0, kl=0.1)(Recurrent(), batches[0])
+    free = PolicyGradient(TEMPERATURE, 9.0)(Recurrent(), batches[0])
+    penalty = loss.metrics["reference_kl"][0]
+    assert float(penalty) > 0
+    assert loss.sum.item() == pytest.approx(free.sum.item() + 0.1 * float(penalty), rel=1e-4)
+
+
+def test_clipped_equals_on_policy_where_nothing_has_moved(rollouts: Rollouts) -> None:
+    batch = micro_batches(rollouts, 10_000, 0, "token_mean", MAX_NEW)[0]
+    batch["old_logprobs"] = batch["generator_logprobs"]
+    losses = [
+        PolicyGradient(TEMPERATURE, 1e-4, clip=clip)(Recurrent(), batch).sum.item() for clip in (None, (0.2, 0.28))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
