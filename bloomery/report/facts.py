@@ -18,6 +18,7 @@ _HEADLINES = (
     "validation_loss", "loss", "final_loss", "accuracy", "reward", "tokens", "documents", "rows", "examples", "prompts",
     "vocab_size", "parameters",
 )  # fmt: skip
+_NAMES = ("source", "name", "task", "id")
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,14 @@ def _records(value: Any) -> dict[str, Mapping[str, Any]] | None:
 
 
 def _row_name(row: Mapping[str, Any], index: int) -> Any:
-    return next((row[key] for key in ("source", "name", "task", "id") if key in row), index + 1)
+    return next((row[key] for key in _NAMES if key in row), index + 1)
 
 
 def _grid(records: Mapping[str, Mapping[str, Any]]) -> Grid:
+    """Columns that are zero in every row say nothing and are left out."""
     names = dict.fromkeys(
         name for row in records.values() for name, value in row.items()
-        if not isinstance(value, Mapping | list) and name not in ("source", "name", "task", "id")
+        if value != 0 and not isinstance(value, Mapping | list) and name not in _NAMES
     )  # fmt: skip
     rows = ((row, *(quantities.quantity(name, cells.get(name)) for name in names)) for row, cells in records.items())
     return Grid(tuple(quantities.words(name) for name in names), tuple(rows))

@@ -30,9 +30,14 @@
       xaxis: { ...axis, showgrid: false, ticks: "outside", tickcolor: css("--line"), hoverformat: "d", ticklabeloverflow: "allow" },
       yaxis: { ...axis, exponentformat: "power" }, dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
     };
-    Plotly.react(element, traces.map((series) => trace(series, colors)), layout, { displayModeBar: false, responsive: true });
+    Plotly.react(element, traces.map((series) => trace(series, colors)), layout, { displayModeBar: false });
     drawn.add(element);
+    sizes.observe(element);
   }
+
+  const sizes = new ResizeObserver((entries) => {
+    for (const { target } of entries) if (target.offsetWidth) Plotly.Plots.resize(target);
+  });
 
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) if (entry.isIntersecting && !drawn.has(entry.target)) draw(entry.target);

@@ -42,14 +42,14 @@ def outcome(score: float | None) -> Outcome:
 
 def problems(found: Sequence[Evaluation]) -> list[Problem]:
     """Up to `MAX_PROBLEMS` per task, with `PER_OUTCOME` of each outcome of each evaluation where there are so many."""
-    firsts = {(each.model, each.stage.name): _first_samples(each) for each in found if each.samples is not None}
+    firsts = [(each.model, _first_samples(each)) for each in found if each.samples is not None]
     chosen: dict[tuple[str, str], None] = {}
-    for rows in reversed(firsts.values()):
+    for _, rows in reversed(firsts):
         chosen |= dict.fromkeys(_choice(rows))
     tasks: dict[str, list[Problem]] = {}
     for task, name in chosen:
-        rows_here = {model: rows[task, name] for (model, _), rows in firsts.items() if (task, name) in rows}
-        tasks.setdefault(task, []).append(_problem(task, name, rows_here))
+        answered = [(model, rows[task, name]) for model, rows in firsts if (task, name) in rows]
+        tasks.setdefault(task, []).append(_problem(task, name, answered))
     return [problem for task in tasks.values() for problem in task[:MAX_PROBLEMS]]
 
 
@@ -75,9 +75,9 @@ def _choice(rows: dict[tuple[str, str], dict[str, Any]]) -> list[tuple[str, str]
     return [(task, name) for _, task, name in sorted(ranked, key=lambda item: item[0])]
 
 
-def _problem(task: str, name: str, rows: dict[str, dict[str, Any]]) -> Problem:
-    first = next(iter(rows.values()))
-    answers = tuple(_answer(model, row) for model, row in rows.items())
+def _problem(task: str, name: str, answered: list[tuple[str, dict[str, Any]]]) -> Problem:
+    first = answered[0][1]
+    answers = tuple(_answer(model, row) for model, row in answered)
     source, expected = (str(first.get(column) or "") for column in ("source", "answer"))
     return Problem(task, name, source, _prompt(first.get("prompt")), expected, answers)
 
