@@ -1,0 +1,51 @@
+"""Completions whose verdict is known, to find a broken verifier before it makes every reward zero."""
+
+import json
+from collections.abc import Iterable
+
+from bloomery.errors import BloomeryError
+from bloomery.verify.pool import judge
+from bloomery.verify.verdict import Status
+from bloomery.verify.verifiers import VERIFIERS, lookup
+
+_GCD = json.dumps({"dataset": "gcd", "config": {}, "entry": {"question": "", "answer": "6", "metadata": {}}})
+
+CANARIES: dict[str, tuple[tuple[str, str, Status], ...]] = {
+    "answer": (
+        (r"\boxed{1081}", "1081", "correct"),
+        (r"\boxed{23\cdot 47}", "1081", "wrong"),
+        (r"\boxed{(x+1)^2}", "x^2+2x+1", "correct"),
+        (r"\boxed{(x+2)^2}", "x^2+2x+1", "wrong"),
+        ("", "1081", "no_answer"),
+    ),
+    "choice": ((r"\boxed{B}", "B", "correct"), (r"\boxed{A or B}", "B", "wrong"), ("", "B", "no_answer")),
+    "exact": ((r"\boxed{Ann}", "Ann", "correct"), (r"\boxed{Ann or Bob}", "Ann", "wrong"), ("", "Ann", "no_answer")),
+    "format": ((r"\boxed{1}", "", "correct"), (r"\boxed{1} and", "", "wrong"), ("", "", "no_answer")),
+    "gym": ((r"\boxed{6}", _GCD, "correct"), (r"\boxed{6 or 66}", _GCD, "wrong"), ("", _GCD, "no_answer")),
+}
+"""Verifier → (completion, answer, expected status)."""
+
+
+def self_test(verifiers: Iterable[str] = tuple(VERIFIERS)) -> None:
+    """Judge the canaries; raises `BloomeryError` naming the first that comes out otherwise.
+
+    For the start of RL and of evaluation. `gym` costs the import of reasoning-gym, so name only what is used.
+    """
+    for verifier in verifiers:
+        lookup(verifier)
+        for completion, answer, expected in CANARIES[verifier]:
+            verdict = judge(verifier, completion, answer)
+            if verdict.status != expected:
+                raise BloomeryError(
+                    f"verify: {verifier} judges {completion!r} against {answer!r} as {verdict.status} "
+                    f"({verdict.reason}), expected {expected}; check the installation of math-verify and reasoning-gym"
+                )
+
+
+def echo(verifier: str, answer: str) -> str:
+    """A completion that states a prompt's answer and nothing else.
+
+    Judging it must give `correct`; a prompt where it does not can reward nothing and is to be dropped.
+    """
+    text = json.loads(answer)["entry"]["answer"] if verifier == "gym" else answer
+    return rf"\boxed{{{text}}}"

@@ -1,0 +1,35 @@
+"""The table of verifiers, and the lookup that explains a wrong name."""
+
+import difflib
+from collections.abc import Callable
+
+from bloomery.errors import ConfigError
+from bloomery.verify.answer import answer
+from bloomery.verify.choice import choice
+from bloomery.verify.deferred import Deferred
+from bloomery.verify.exact import exact
+from bloomery.verify.format import format_verdict
+from bloomery.verify.gym import gym
+from bloomery.verify.verdict import Verdict
+
+Verifier = Callable[[str, str, bool], Verdict | Deferred]
+"""(completion, answer, require_think) → the verdict, or work for a worker process."""
+
+VERIFIERS: dict[str, Verifier] = {
+    "answer": answer,
+    "choice": choice,
+    "exact": exact,
+    "format": format_verdict,
+    "gym": gym,
+}
+
+
+def lookup(name: str) -> Verifier:
+    """The verifier of that name; `ConfigError` with the nearest names where there is none."""
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    if name == "program":
+        raise ConfigError("verifier 'program': judging programs means executing them, which needs the sandbox")
+    nearest = difflib.get_close_matches(name, VERIFIERS, n=2)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known: {', '.join(VERIFIERS)}"
+    raise ConfigError(f"verifier {name!r}: unknown; {hint}")
