@@ -158,6 +158,16 @@ def _normal(row: Row, schema: pa.Schema, number: int, file: Path) -> Row:
     return row
 
 
+def check_chat(chat: Any) -> str | None:
+    """What is wrong with a value that should be a list of messages; `None` when nothing is."""
+    if not isinstance(chat, list) or not chat:
+        return "no messages"
+    for message in chat:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            return "a message without text in role and content"
+    return None
+
+
 def text_of(row: Row) -> str:
     """The readable text of a row of any kind: what filters, tokenizer training and people look at."""
     if "text" in row:

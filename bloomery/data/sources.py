@@ -1,0 +1,174 @@
+"""The settings of each kind of raw source, and the documents it gives."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from bloomery.config import Config, Field
+from bloomery.data import read
+from bloomery.data.dataset import text_of
+from bloomery.data.document import Document
+from bloomery.data.filters import FilterConfig
+from bloomery.data.procedural import Problem, generate, require_judgeable
+from bloomery.errors import ConfigError
+
+
+class Source(Config):
+    """What all sources share."""
+
+    name: str = Field(description="names the source's files and its rows: letters, digits, '_', '.', '-'")
+    max_documents: int | None = Field(
+        default=None, description="keep at most this many documents, the first ones", gt=0
+    )
+    sample: float = Field(
+        default=1.0, description="keep this share of the documents, chosen by a hash of the text", gt=0, le=1
+    )
+    filters: FilterConfig | None = Field(
+        default=None, description="filters of this source; the stage's where not given"
+    )
+    on_invalid: read.OnInvalid = Field(
+        default="drop", description="input that cannot be read is dropped with a count, or an error"
+    )
+
+    def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
+        """The source's documents, as rows of `kind`. Raises `ConfigError` where it cannot give that kind."""
+        raise ConfigError(f"source {self.name}: cannot give {kind}")
+
+    def _only_text(self, kind: str) -> None:
+        if kind != "documents":
+            raise ConfigError(
+                f"source {self.name}: plain text gives documents, not {kind}; choose another type of source"
+            )
+
+
+class TextSource(Source):
+    """Text files."""
+
+    type: Literal["text"] = "text"
+    path: Path = Field(description="file or folder")
+    pattern: str = Field(default="**/*.txt", description="files of a folder that are read")
+    separator: str | None = Field(
+        default=None, description="text between two documents of a file; each file is one where not given"
+    )
+
+    def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
+        """Each file, or each part of it."""
+        self._only_text(kind)
+        return read.read_text(self.path, self.pattern, self.separator, invalid)
+
+
+class RowSource(Source):
+    """What sources with columns share."""
+
+    columns: dict[str, str] = Field(
+        default={}, description="our column → theirs, where the names differ, such as text: content"
+    )
+    verifier: str | None = Field(
+        default=None, description="verifier of all rows, where they have no such column (prompts)"
+    )
+
+    def rows(self, invalid: read.Invalid) -> Iterator[read.Located]:
+        """The raw rows, each with its place."""
+        raise ConfigError(f"source {self.name}: has no rows")
+
+    def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
+        """The rows, their columns renamed and checked."""
+        constants = {} if self.verifier is None else {"verifier": self.verifier}
+        return read.to_documents(self.rows(invalid), kind, self.columns, constants, invalid)
+
+
+class JsonlSource(RowSource):
+    """JSONL files."""
+
+    type: Literal["jsonl"] = "jsonl"
+    path: Path = Field(description="file or folder")
+    pattern: str = Field(default="**/*.jsonl", description="files of a folder that are read")
+
+    def rows(self, invalid: read.Invalid) -> Iterator[read.Located]:
+        """One row a line."""
+        return read.read_jsonl(self.path, self.pattern, invalid)
+
+
+class ParquetSource(RowSource):
+    """Parquet files."""
+
+    type: Literal["parquet"] = "parquet"
+    path: Path = Field(description="file or folder")
+    pattern: str = Field(default="**/*.parquet", description="files of a folder that are read")
+
+    def rows(self, invalid: read.Invalid) -> Iterator[read.Located]:
+        """The rows of all files."""
+        return read.read_parquet(self.path, self.pattern, invalid)
+
+
+class HfSource(RowSource):
+    """A dataset that the library `datasets` loads."""
+
+    type: Literal["hf"] = "hf"
+    path: str = Field(description="local folder or name on the Hugging Face hub")
+    config_name: str | None = Field(default=None, description="configuration of the dataset")
+    split: str = Field(default="train", description="split of the dataset")
+    revision: str | None = Field(
+        default=None, description="commit or tag on the hub; give it, or the data may change under you"
+    )
+
+    def rows(self, invalid: read.Invalid) -> Iterator[read.Located]:
+        """The rows of the split, streamed."""
+        return read.read_hf(self.path, self.config_name, self.split, self.revision)
+
+
+class StdlibSource(Source):
+    """The Python standard library."""
+
+    type: Literal["stdlib"] = "stdlib"
+    part: Literal["sources", "docstrings"] = Field(
+        default="sources", description="whole modules, or one document a docstring"
+    )
+
+    def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
+        """Modules or docstrings."""
+        self._only_text(kind)
+        return read.read_stdlib(self.part, invalid)
+
+
+class ProceduralSource(Source):
+    """Generated problems with worked solutions."""
+
+    type: Literal["procedural"] = "procedural"
+    task: str = Field(description="a task of bloomery.data.procedural, such as chain; gym for reasoning-gym")
+    count: int = Field(description="distinct problems", gt=0)
+    split: Literal["train", "test"] = Field(
+        default="train", description="the two never share a problem, whatever the seeds"
+    )
+    seed: int = Field(default=0, description="seed of the problems")
+    style: dict[str, float] | None = Field(
+        default=None, description="shares of the solution styles direct and stepwise"
+    )
+    options: dict[str, Any] = Field(default={}, description="settings of the task")
+
+    def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
+        """Each problem as text, chat or prompt."""
+        if kind == "prompts":
+            require_judgeable(self.task)
+        problems = generate(
+            self.task, seed=self.seed, count=self.count, split=self.split, style=self.style, **self.options
+        )
+        return (_problem_document(problem, kind) for problem in problems)
+
+
+def _problem_document(problem: Problem, kind: str) -> Document:
+    question = {"role": "user", "content": problem.question}
+    forms: dict[str, dict[str, Any]] = {
+        "documents": {"text": f"{problem.question}\n{problem.solution}"},
+        "messages": {"messages": [question, {"role": "assistant", "content": problem.solution}]},
+        "prompts": {"prompt": [question], "answer": problem.answer, "verifier": problem.verifier},
+    }
+    columns = forms[kind]
+    metadata = {**problem.metadata, "domain": problem.domain}
+    own = {} if kind == "documents" else columns
+    return Document(text_of(columns), problem.id, metadata=metadata, columns=own)
+
+
+AnySource = Annotated[
+    TextSource | JsonlSource | ParquetSource | HfSource | StdlibSource | ProceduralSource, Field(discriminator="type")
+]
