@@ -24,7 +24,7 @@ class Prompt:
 
 
 def load_prompts(path: Path, tokenizer: Tokenizer, max_tokens: int, drops: Drops) -> list[Prompt]:
-    """All prompts of a dataset folder that fit in `max_tokens`, in order. Longer ones are counted in `drops`, never cut.
+    """All prompts of a dataset folder of at most `max_tokens`, in order. Longer ones are counted in `drops`, not cut.
 
     Raises `ArtifactError` when none is left, or a prompt has no answer to be judged by.
     """

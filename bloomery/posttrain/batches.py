@@ -34,8 +34,8 @@ def micro_batches(
 ) -> list[Batch]:  # fmt: skip
     """The micro-batches of one optimizer step: rows of like length together, at most `micro_batch_size` of them.
 
-    Beside the keys of every batch: `advantages` (batch,), `generator_logprobs` (batch, seq), `row_weights` (batch,) that
-    multiply each token's loss, and `loss_weight` (1,): this micro-batch's part of the step's denominator.
+    Beside the keys of every batch: `advantages` (batch,), `generator_logprobs` (batch, seq), `row_weights` (batch,)
+    that multiply each token's loss, and `loss_weight` (1,): this micro-batch's part of the step's denominator.
     A sample without verdict, and one left alone in its group, is masked: it is neither trained on nor counted. A sample
     with advantage 0 is counted and, unless `keep_all`, not computed: its gradient is zero.
     """

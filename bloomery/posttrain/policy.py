@@ -57,9 +57,9 @@ class PolicyGradient:
         if not gaps.mean().item() <= self.max_logprob_gap:
             raise DivergenceError(
                 f"the trainer's log-probabilities are {gaps.mean().item():.3g} nats per token (largest "
-                f"{gaps.max().item():.3g}) away from the generator's, at most {self.max_logprob_gap:g} allowed: the samples "
-                "are not from the policy being trained. Stale weights or caches in the generator, another temperature, or "
-                "too low a precision do this; raise max_logprob_gap only if the precision explains it"
+                f"{gaps.max().item():.3g}) away from the generator's, at most {self.max_logprob_gap:g} allowed: the "
+                "samples are not from the policy being trained. Stale weights or caches in the generator, another "
+                "temperature, or too low a precision do this; raise max_logprob_gap only if the precision explains it"
             )
         drift = objectives.kl_penalty(theirs, ours)
         return {"logprob_gap": (gaps.sum(), mask.sum()), "generator_kl": (drift.sum(), mask.sum())}

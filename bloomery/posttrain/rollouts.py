@@ -19,11 +19,9 @@ from torch import Tensor
 from bloomery import artifact
 from bloomery.data.prompts import Prompt
 from bloomery.errors import BloomeryError
-from bloomery.generate.engine import Completion, Engine, Request
-from bloomery.generate.sampling import SamplingParams, derive_seed
+from bloomery.generate import Completion, Engine, Request, SamplingParams, derive_seed
 from bloomery.posttrain.objectives import degenerate
-from bloomery.verify.pool import Pool
-from bloomery.verify.verdict import Verdict
+from bloomery.verify import Pool, Verdict
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,8 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def roll_out(
-    engine: Engine, pool: Pool, prompts: Sequence[Prompt], group_size: int, params: SamplingParams, seed: Sequence[int | str]
+    engine: Engine, pool: Pool, prompts: Sequence[Prompt], group_size: int, params: SamplingParams,
+    seed: Sequence[int | str],
 ) -> Rollouts:  # fmt: skip
     """Sample `group_size` completions of each prompt; each is judged while others are still being written.
 
@@ -136,7 +135,7 @@ def require_judged(rollouts: Rollouts, max_unjudged: float) -> None:
     if len(unjudged) > max_unjudged * len(rollouts.samples):
         raise BloomeryError(
             f"the verifier could not judge {len(unjudged)} of {len(rollouts.samples)} completions (at most "
-            f"{max_unjudged:.0%} allowed); the first reason: {unjudged[0].verdict.reason or unjudged[0].verdict.status}. "
+            f"{max_unjudged:.0%} allowed); the first reason: {unjudged[0].verdict.reason}. "
             "Nothing was trained on them; repair the verifier and run the same command to continue"
         )
 
