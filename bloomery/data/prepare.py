@@ -47,7 +47,7 @@ def check(config: PrepareConfig) -> dict[str, Any]:
 
 
 def run(config: PrepareConfig, out: Path) -> Manifest:
-    """Stage `prepare`: `data/{source}-{00000}.parquet`; the manifest says how many were kept and why others were not."""
+    """Stage `prepare`: Parquet shards by source; the manifest says how many were kept and why others were not."""
     check(config)
     with Output(out, "prepare", config) as output:
         if output.done:
