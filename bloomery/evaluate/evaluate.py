@@ -1,0 +1,146 @@
+"""The stage `evaluate`: sample answers to held-out problems, judge them, report with standard errors."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import model_validator
+
+from bloomery import artifact
+from bloomery.artifact import Manifest, Output
+from bloomery.config import RUN_ONLY, Config, DatasetDir, Field, ModelDir
+from bloomery.data.chat import stop_token_ids
+from bloomery.data.document import Drops
+from bloomery.data.prompts import Prompt, load_prompts
+from bloomery.data.tokenizer import Tokenizer, load_tokenizer
+from bloomery.errors import ArtifactError, BloomeryError, ConfigError
+from bloomery.evaluate.scoring import Answer, answer_all, choose, metrics, report_rows
+from bloomery.generate import Engine, SamplingParams
+from bloomery.model import hf
+from bloomery.verify import Pool, self_test
+
+REPORT, SAMPLES = "report.json", "samples.parquet"
+SCHEMA = pa.schema([
+    ("task", pa.string()), ("id", pa.string()), ("source", pa.string()),
+    ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+    ("completion", pa.string()), ("answer", pa.string()), ("score", pa.float64()), ("status", pa.string()),
+    ("reason", pa.string()), ("tokens", pa.int64()), ("finish_reason", pa.string()), ("sample", pa.int64()),
+])  # fmt: skip
+
+
+class EvaluateConfig(Config):
+    """Judge a model on prompts with verifiable answers."""
+
+    model: ModelDir = Field(description="the model to judge: a stage's folder or a Hugging Face directory")
+    prompts: DatasetDir = Field(description="dataset of kind prompts; each source in it is reported as one task")
+    num_samples: int = Field(default=4, gt=0, description="answers to each problem (the k of avg@k)")
+    temperature: float = Field(default=1.0, ge=0, description="sampling temperature; 0 is greedy, with one sample")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability"
+    )
+    max_new_tokens: int = Field(default=256, gt=0, description="longest answer, tokens")
+    max_problems: int | None = Field(default=None, gt=0, description="at most so many problems, chosen by the seed")
+    require_think: bool = Field(default=False, description="an answer counts only behind a </think>")
+    seed: int = Field(default=0, description="seed of the choice of problems and of the sampling")
+    max_batch: int = Field(default=64, gt=0, description="sequences decoded at a time", json_schema_extra=RUN_ONLY)
+    workers: int = Field(default=2, gt=0, description="processes that judge", json_schema_extra=RUN_ONLY)
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.temperature == 0 and (self.num_samples > 1 or self.top_p < 1):
+            raise ValueError("temperature: 0 writes the same answer each time; set num_samples 1 and leave top_p at 1")
+        return self
+
+    def sampling(self, tokenizer: Tokenizer) -> SamplingParams:
+        """How answers are drawn from a model with this tokenizer."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
+            stop_token_ids=tuple(stop_token_ids(tokenizer)), logprobs=False,
+        )  # fmt: skip
+
+
+def run(config: EvaluateConfig, out: Path) -> Manifest:
+    """Stage `evaluate`: writes `report.json` and `samples.parquet`."""
+    with Output(out, "evaluate", config) as output:
+        if output.done:
+            return artifact.read_manifest(output.path)  # type: ignore[return-value]
+        tokenizer, prompts, drops = _problems(config)
+        self_test(sorted({prompt.verifier for prompt in prompts}))
+        problems = _answers(config, tokenizer, prompts)
+        _require_verdicts(problems)
+        _write_samples(output.path / SAMPLES, problems)
+        artifact.write_json(output.path / REPORT, report_rows(problems))
+        return output.finish("evaluation", _summary(problems, drops))
+
+
+def check(config: EvaluateConfig) -> dict[str, Any]:
+    """What will be judged, as far as the inputs exist already."""
+    try:
+        tokenizer, prompts, drops = _problems(config)
+    except ArtifactError as error:
+        return {"samples_per_problem": config.num_samples, "inputs": str(error)}
+    longest = max(len(prompt.ids) for prompt in prompts)
+    return {
+        "problems": len(prompts), "samples": len(prompts) * config.num_samples, "left_out": str(drops),
+        "longest_prompt_tokens": longest, "first_prompt": tokenizer.decode(prompts[0].ids),
+        "most_tokens": len(prompts) * config.num_samples * config.max_new_tokens,
+    }  # fmt: skip
+
+
+def _problems(config: EvaluateConfig) -> tuple[Tokenizer, list[Prompt], Drops]:
+    folder = artifact.resolve(config.model, "model")
+    tokenizer, sizes, drops = load_tokenizer(folder), hf.load_config(folder), Drops()
+    if tokenizer.vocab_size > sizes.vocab_size:
+        raise ConfigError(
+            f"model: {folder}: the tokenizer has {tokenizer.vocab_size} entries, the model {sizes.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+    room = sizes.max_position_embeddings - config.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in the model's context of "
+            f"{sizes.max_position_embeddings}; choose less"
+        )
+    prompts = load_prompts(config.prompts, tokenizer, room, drops)
+    return tokenizer, choose(prompts, config.max_problems, config.seed), drops
+
+
+def _answers(config: EvaluateConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[Answer]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = hf.load(artifact.resolve(config.model, "model"), device=device)
+    window = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
+    rows = min(config.max_batch, len(prompts) * config.num_samples)
+    engine = Engine(model, rows, window, decode=tokenizer.decode)
+    with Pool(config.workers, require_think=config.require_think) as pool:
+        return answer_all(engine, pool, prompts, config.num_samples, config.sampling(tokenizer), config.seed)
+
+
+def _require_verdicts(problems: Sequence[Sequence[Answer]]) -> None:
+    verdicts = [answer.verdict for problem in problems for answer in problem]
+    if all(verdict.score is None for verdict in verdicts):
+        raise BloomeryError(
+            f"the verifier could judge none of {len(verdicts)} answers; the first reason: {verdicts[0].reason}. "
+            "Repair the verifier and run the same command again"
+        )
+
+
+def _write_samples(path: Path, problems: Sequence[Sequence[Answer]]) -> None:
+    rows = [answer.row() for problem in problems for answer in problem]
+    with artifact.replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
+
+
+def _summary(problems: Sequence[Sequence[Answer]], drops: Drops) -> dict[str, Any]:
+    answers = [answer for problem in problems for answer in problem]
+    return {
+        **{name: estimate.value for name, estimate in metrics(problems).items()},
+        "problems": len(problems),
+        "samples": len(answers),
+        "unjudged": sum(answer.verdict.score is None for answer in answers),
+        "left_out": dict(drops.counts),
+        "statuses": dict(Counter(answer.verdict.status for answer in answers).most_common()),
+    }
