@@ -38,9 +38,14 @@ def exact(completion: str, gold: str, require_think: bool = False) -> Verdict:
     )
 
 
+def plain(text: str) -> str:
+    r"""NFKC, and the content of `\text{…}` in its place."""
+    return _TEXT.sub(r"\1", unicodedata.normalize("NFKC", text))
+
+
 def normalize(text: str) -> str:
     """The form in which two short answers are compared."""
-    text = _TEXT.sub(r"\1", unicodedata.normalize("NFKC", text)).translate(_SAME).casefold().strip(_ENDS)
+    text = plain(text).translate(_SAME).casefold().strip(_ENDS)
     words = [_DIGITS.get(word, word) for word in text.split()]
     if len(words) > 1 and words[0] in _ARTICLES:
         words = words[1:]

@@ -96,7 +96,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     words = match.group(1).lower().rstrip(".").split()
     if len(words) > 3 or _NOT_UNITS & set(words):
         return text, ""
-    return text[: match.start()], " ".join(word.removesuffix("s") for word in words)
+    return text[: match.start()], " ".join(word.removesuffix("s").removesuffix("e") for word in words)
 
 
 def _value(text: str) -> Fraction | None:

@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -139,7 +140,7 @@ class _Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env=environment, bufsize=0, start_new_session=True,  # Ctrl-C is for the parent
         )  # fmt: skip
-        self._loaded: set[str] = set()
+        self._command, self._loaded = command, set[str]()
 
     def judge(self, task: Deferred, seconds: float) -> dict[str, str]:
         """The reply to one item. Raises `TimeoutError` past the deadline, `EOFError` when the process dies."""
@@ -153,6 +154,11 @@ class _Worker:
             reply = self._ask({"load": judge}, _LOAD_SECONDS)
         except TimeoutError:
             raise BloomeryError(f"verify: a worker could not load {judge!r} within {_LOAD_SECONDS:g} s") from None
+        except (EOFError, BrokenPipeError):
+            raise BloomeryError(
+                f"verify: a worker process ended while loading {judge!r} (exit status {self._process.wait()}); "
+                f"run {shlex.join(self._command)} by hand to see why"
+            ) from None
         if "bug" in reply:
             raise BloomeryError(f"verify: a worker cannot load {judge!r}; check the installation\n{reply['bug']}")
         self._loaded.add(judge)
