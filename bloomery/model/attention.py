@@ -1,12 +1,14 @@
 """Grouped-query attention (arXiv 2305.13245) with optional rotation, biases, query/key norm and sliding window."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bloomery.model.config import ModelConfig
 from bloomery.model.context import Context
-from bloomery.model.layers import RMSNorm
+from bloomery.model.norm import RMSNorm
 from bloomery.model.rope import rotate
 from bloomery.model.state import KeyValueCache
 
@@ -16,6 +18,8 @@ class AttentionCore(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         """query (batch, heads, seq, head_dim), key and value (batch, key_value_heads, total, head_dim) → like query."""
+        if query.shape[2] == 1 and query.device.type == "cpu":
+            return _one_query(query, key, value, context.mask)
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query,
@@ -25,6 +29,18 @@ class AttentionCore(nn.Module):
             is_causal=context.causal and query.shape[2] > 1,
             enable_gqa=grouped,
         )
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Decoding on a CPU: two batched products take half the time of the fused kernel, which is made for many queries."""
+    batch, heads, _, head_dim = query.shape
+    key_value_heads, total = key.shape[1:3]
+    grouped = query.reshape(batch * key_value_heads, heads // key_value_heads, head_dim) * head_dim**-0.5
+    scores = torch.bmm(grouped, key.flatten(0, 1).transpose(1, 2))
+    if mask is not None:
+        scores = scores.view(batch, heads, total).masked_fill(~mask[:, 0], -math.inf).view_as(scores)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
+    return torch.bmm(weights, value.flatten(0, 1)).view(query.shape)
 
 
 class Attention(nn.Module):
@@ -55,7 +71,7 @@ class Attention(nn.Module):
         return self.o_proj(self.core(query, key, value, context).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.view(*x.shape[:2], -1, self.head_dim)
 
 
 def _extend(cache: KeyValueCache, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor]:

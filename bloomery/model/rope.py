@@ -48,7 +48,9 @@ class Rope:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns channel pairs (i, i + head_dim / 2) of x (batch, seq, heads, head_dim) by the angle in cos and sin."""
-    return _Rotate.apply(x, cos, sin)
+    if torch.is_grad_enabled():
+        return _Rotate.apply(x, cos, sin)
+    return _turn(x, cos, sin, 1.0)
 
 
 class _Rotate(torch.autograd.Function):
