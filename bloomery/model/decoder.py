@@ -9,9 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from bloomery.model.attention import Attention
 from bloomery.model.config import ModelConfig
 from bloomery.model.context import Context
-from bloomery.model.layers import MLP, RMSNorm
+from bloomery.model.layers import MLP
 from bloomery.model.mamba import Mamba
 from bloomery.model.moe import Experts, MoE, Router
+from bloomery.model.norm import RMSNorm
 from bloomery.model.rope import Rope
 from bloomery.model.state import Cache, DecodeState
 

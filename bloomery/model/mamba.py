@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from bloomery.model.config import ModelConfig
 from bloomery.model.context import Context
 from bloomery.model.conv import causal_conv
-from bloomery.model.layers import GatedRMSNorm
+from bloomery.model.norm import GatedRMSNorm
 from bloomery.model.scan import ChunkedScan
 from bloomery.model.state import MambaCache
 
@@ -50,11 +50,11 @@ class Mamba(nn.Module):
         dt = self._time_steps(dt)
         if context.valid is not None:
             dt = dt * context.valid.unsqueeze(-1)
-        y, final = self.scan(inputs, dt, self._A(), B, C, context.segment_ids, None if cache is None else cache.ssm)
+        start = None if cache is None else cache.ssm
+        y, final = self.scan(inputs, dt, self._A(), B, C, self.D.float(), context.segment_ids, start)
         if cache is not None:
             cache.ssm.copy_(final)
             cache.conv.copy_(_last_columns(cache.conv, conv_in, context.lengths))
-        y = y + inputs * self.D.unsqueeze(-1)
         return self.out_proj(self.norm(y.flatten(2), z))
 
     def _step(self, x: Tensor, cache: MambaCache) -> Tensor:

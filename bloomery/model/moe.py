@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bloomery.model import activation
 from bloomery.model.config import ModelConfig
-from bloomery.model.layers import ACTIVATIONS, MLP
+from bloomery.model.layers import MLP
 
 
 class Router(nn.Module):
@@ -47,15 +48,17 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(up)) if config.mlp_gated else None
         self.up_proj = nn.Parameter(torch.empty(up))
         self.down_proj = nn.Parameter(torch.empty(up[0], up[2], up[1]))
-        self.activation = ACTIVATIONS[config.mlp_hidden_act]
+        self.plain, self.gated = activation.PLAIN[config.mlp_hidden_act], activation.GATED[config.mlp_hidden_act]
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x (rows, hidden) sorted by expert, `counts` (experts,) rows of each → (rows, hidden)."""
         ends = counts.cumsum(0, dtype=torch.int32)
         inner = _grouped_linear(x, self.up_proj, ends)
         if self.gate_proj is None:
-            return _grouped_linear(self.activation(inner), self.down_proj, ends)
-        return _grouped_linear(self.activation(_grouped_linear(x, self.gate_proj, ends)) * inner, self.down_proj, ends)
+            inner = self.plain(inner)
+        else:
+            inner = self.gated(_grouped_linear(x, self.gate_proj, ends), inner)
+        return _grouped_linear(inner, self.down_proj, ends)
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
