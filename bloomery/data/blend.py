@@ -21,7 +21,7 @@ from bloomery.data.tokens import RowFile, RowWriter, shard
 from bloomery.errors import ArtifactError, ConfigError
 from bloomery.progress import say
 
-PLAN, VALIDATION = "plan.json", "validation"
+PLAN, VALIDATION, TOKENIZER = "plan.json", "validation", "tokenizer"
 _DOCUMENTS_PER_ENCODE = 512
 
 
@@ -41,7 +41,7 @@ class BlendSource(Config):
 class BlendPhase(Config):
     """One of several phases that follow one another."""
 
-    share: float = Field(description="share of the sequences, relative to the other phases", gt=0)
+    share: float = Field(description="share of the sequences, relative to the other phases", gt=0, allow_inf_nan=False)
     weights: dict[str, float] = Field(
         description="source name → share of this phase's tokens, relative; a name left out is 0"
     )
@@ -117,7 +117,7 @@ def _refuse_repeated_sources(config: BlendConfig) -> None:
 
 
 def run(config: BlendConfig, out: Path) -> Manifest:
-    """Stage `blend`: Arrow files of packed rows by source, and `plan.json`."""
+    """Stage `blend`: Arrow files of packed rows by source, `plan.json`, and the tokenizer that made them."""
     check(config)
     planned = phases(config)
     used = {name: source for name, source in config.sources.items() if any(weights.get(name) for _, weights in planned)}
@@ -136,6 +136,7 @@ def run(config: BlendConfig, out: Path) -> Manifest:
         if any(source["validation_rows"] for source in stats.values()):
             splits["validation"] = f"{VALIDATION}/*.arrow"
         write_card(output.path, splits)
+        tokenizer.save(output.path / TOKENIZER)
         return output.finish("tokens", _summary(plan, stats, row_tokens, config.seq_len))
 
 

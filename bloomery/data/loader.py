@@ -69,7 +69,7 @@ class ExampleRows:
         longest = int(examples.lengths.max())
         if longest > seq_len + 1:
             raise ConfigError(
-                f"seq_len: {seq_len} does not hold an example of {longest} tokens; encode with max_tokens={seq_len}"
+                f"seq_len: {seq_len} does not hold an example of {longest} tokens; encode with max_tokens={seq_len + 1}"
             )
         self.examples, self.seq_len, self.seed, self.pad_id, self.names = (
             examples,

@@ -1,0 +1,156 @@
+import json
+
+import datasets
+import pytest
+
+from bloomery import config as configs
+from bloomery.data import prepare
+from bloomery.data.dataset import read_rows
+from bloomery.data.prepare import PrepareConfig
+from bloomery.errors import ArtifactError, ConfigError
+
+
+def config(*sources, kind="documents", **settings):
+    return configs.build(PrepareConfig, {"kind": kind, "sources": list(sources), **settings})
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_drop_is_counted_with_its_reason_in_the_manifest(tmp_path):
+    rows = [{"text": t} for t in ["one two", "", "x", "one  two", "a\ud800a", "three four"]]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    with open(path, "ab") as file:
+        file.write(b'{"text": "\xff"}\n')
+    source = {"type": "jsonl", "name": "web", "path": path, "filters": {"min_characters": 2}}
+    manifest = prepare.run(config(source), tmp_path / "out")
+    assert manifest.kind == "documents"
+    assert manifest.summary["sources"]["web"] == {
+        "kept": 2,
+        "characters": 17,
+        "dropped": {
+            "empty": 1, "shorter than 2 characters": 1, "duplicate": 1, "invalid characters": 1, "invalid UTF-8": 1,
+        },
+    }  # fmt: skip
+    assert [(row["text"], row["source"]) for row in read_rows(tmp_path / "out", "documents")] == [
+        ("one two", "web"), ("three four", "web"),
+    ]  # fmt: skip
+
+
+def test_a_text_in_two_sources_stays_in_the_first(tmp_path):
+    sources = [
+        {"type": "jsonl", "name": name, "path": jsonl(tmp_path / f"{name}.jsonl", [{"text": t} for t in texts])}
+        for name, texts in (("a", ["same", "only a"]), ("b", ["same", "only b"]))
+    ]
+    prepare.run(config(*sources), tmp_path / "out")
+    assert [row["text"] for row in read_rows(tmp_path / "out", "documents")] == ["same", "only a", "only b"]
+    prepare.run(config(*sources, deduplicate=False), tmp_path / "out2")
+    assert len(list(read_rows(tmp_path / "out2", "documents"))) == 4
+
+
+def test_limits_count_what_is_kept(tmp_path):
+    rows = [{"text": t} for t in ["", "a", "a", "b", "c"]]
+    source = {"type": "jsonl", "name": "a", "path": jsonl(tmp_path / "a.jsonl", rows), "max_documents": 2}
+    prepare.run(config(source), tmp_path / "out")
+    assert [row["text"] for row in read_rows(tmp_path / "out", "documents")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["documents", "messages", "prompts"])
+def test_generated_problems_in_every_kind(tmp_path, kind):
+    source = {"type": "procedural", "name": "math", "task": "chain", "count": 20, "split": "test"}
+    manifest = prepare.run(config(source, kind=kind), tmp_path / "out")
+    rows = list(read_rows(tmp_path / "out", kind))
+    assert manifest.summary["documents"] == len(rows) == 20
+    assert all(json.loads(row["metadata"])["split"] == "test" and row["source"] == "math" for row in rows)
+    if kind == "documents":
+        assert all(row["text"].split("\n")[-1].startswith("\\boxed{") for row in rows)
+    if kind == "messages":
+        assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
+    if kind == "prompts":
+        assert all(row["verifier"] == "answer" and row["answer"] and len(row["prompt"]) == 1 for row in rows)
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert loaded["train"].num_rows == 20
+
+
+def test_all_types_of_source_in_one_folder(tmp_path):
+    prepare.run(config({"type": "procedural", "name": "math", "task": "chain", "count": 5}), tmp_path / "first")
+    (tmp_path / "notes.txt").write_text("a note")
+    sources = [
+        {"type": "text", "name": "notes", "path": str(tmp_path / "notes.txt")},
+        {"type": "stdlib", "name": "code", "max_documents": 3},
+        {"type": "stdlib", "name": "docs", "part": "docstrings", "max_documents": 3},
+        {"type": "parquet", "name": "again", "path": str(tmp_path / "first")},
+        {"type": "hf", "name": "hub", "path": str(tmp_path / "first")},
+    ]
+    manifest = prepare.run(config(*sources, deduplicate=False), tmp_path / "out")
+    assert {name: source["kept"] for name, source in manifest.summary["sources"].items()} == {
+        "notes": 1, "code": 3, "docs": 3, "again": 5, "hub": 5,
+    }  # fmt: skip
+
+
+def test_an_empty_result_says_which_filter_dropped_what(tmp_path):
+    source = {
+        "type": "jsonl",
+        "name": "web",
+        "path": jsonl(tmp_path / "a.jsonl", [{"text": "a", "id": 1}, {"text": ""}]),
+    }
+    with pytest.raises(
+        ArtifactError, match=r"source web: nothing is left of it; all were dropped: 1 shorter than 9 .*\(1\), 1 empty"
+    ):
+        prepare.run(config(source, filters={"min_characters": 9}), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    empty = {"type": "jsonl", "name": "web", "path": jsonl(tmp_path / "b.jsonl", [])}
+    with pytest.raises(ArtifactError, match="source web: nothing is left of it; it holds no documents"):
+        prepare.run(config(empty), tmp_path / "out2")
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "error", "message"),
+    [
+        (
+            {"type": "text", "name": "a", "path": "nowhere"},
+            "documents",
+            ArtifactError,
+            "nowhere: no such file or folder",
+        ),
+        (
+            {"type": "text", "name": "a", "path": "x"},
+            "messages",
+            ConfigError,
+            "plain text gives documents, not messages",
+        ),
+        ({"type": "stdlib", "name": "a"}, "prompts", ConfigError, "plain text gives documents, not prompts"),
+        ({"type": "stdlib", "name": "a/b"}, "documents", ConfigError, "source 'a/b': expected letters"),
+        (
+            {"type": "procedural", "name": "a", "task": "program", "count": 1},
+            "prompts",
+            ConfigError,
+            "needs the sandbox",
+        ),
+        (
+            {"type": "procedural", "name": "a", "task": "chian", "count": 1},
+            "documents",
+            ConfigError,
+            "did you mean chain",
+        ),
+    ],
+)
+def test_sources_that_cannot_be_used(tmp_path, source, kind, error, message):
+    with pytest.raises(error, match=message):
+        prepare.run(config(source, kind=kind), tmp_path / "out")
+
+
+def test_settings_are_checked_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="max_documnts: unknown key; did you mean max_documents"):
+        config({"type": "stdlib", "name": "a", "max_documnts": 3})
+    with pytest.raises(ConfigError, match="sources: a is given twice"):
+        prepare.run(config({"type": "stdlib", "name": "a"}, {"type": "stdlib", "name": "a"}), tmp_path / "out")
+
+
+def test_preparing_twice_gives_the_same_rows(tmp_path):
+    source = {"type": "procedural", "name": "math", "task": "chain", "count": 30, "seed": 5}
+    for out in ("one", "two"):
+        prepare.run(config(source, kind="messages"), tmp_path / out)
+    assert list(read_rows(tmp_path / "one", "messages")) == list(read_rows(tmp_path / "two", "messages"))
