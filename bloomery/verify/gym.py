@@ -10,11 +10,11 @@ from bloomery.verify.extract import boxed_answer
 from bloomery.verify.verdict import Verdict
 
 RUNS_ANSWERS = frozenset({
-    "binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24",
-    "simple_integration", "spiral_matrix", "string_insertion",
+    "binary_matrix", "composite", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication",
+    "puzzle24", "simple_integration", "spiral_matrix", "string_insertion",
 })  # fmt: skip
-"""Generators of reasoning-gym 0.1.25 whose scorer passes the answer to `eval` or to sympy's `parse_expr`: a model's
-completion would run as Python code here, so they are refused."""
+"""Generators of reasoning-gym 0.1.25 whose scorer passes the answer to `eval` or to sympy's `parse_expr`, or to any
+scorer at all (`composite`): a model's completion would run as Python code here, so they are refused."""
 
 MAX_CHARS = 10_000
 

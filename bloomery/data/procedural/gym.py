@@ -17,12 +17,13 @@ from bloomery.data.procedural.problem import Draft
 from bloomery.errors import ConfigError
 
 RUNS_ANSWERS = frozenset({
-    "binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24",
-    "simple_integration", "spiral_matrix", "string_insertion",
+    "binary_matrix", "composite", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication",
+    "puzzle24", "simple_integration", "spiral_matrix", "string_insertion",
 })  # fmt: skip
-"""Generators of reasoning-gym 0.1.25 whose scorer passes the answer to `eval` or to sympy's `parse_expr`."""
+"""Generators of reasoning-gym 0.1.25 whose scorer passes the answer to `eval` or to sympy's `parse_expr`, or to any
+scorer at all (`composite`)."""
 
-_SIZE = 1_000_000_000
+_BATCH = 1000
 
 
 class GymOptions(Config):
@@ -34,9 +35,8 @@ class GymOptions(Config):
 
 def gym(options: GymOptions, random: Random) -> Iterator[Draft]:
     """Problems of one generator. Raises `ConfigError` for one that cannot be judged, with the reason."""
-    dataset = _dataset(options, seed=random.getrandbits(31))
-    for index in range(_SIZE):
-        entry, reason = _portable(dataset[index])
+    for dataset, entry in _entries(options, random):
+        entry, reason = _portable(entry)
         if reason is None and dataset.score_answer(entry["answer"], entry) != 1.0:
             reason = "its own answer does not score 1"
         if reason is not None:
@@ -46,6 +46,13 @@ def gym(options: GymOptions, random: Random) -> Iterator[Draft]:
             canonical=f"gym {options.name} {entry['question']}", question=entry["question"], answer=json.dumps(record),
             verifier="gym", final=rf"\boxed{{{entry['answer']}}}", metadata={"generator": options.name},
         )  # fmt: skip
+
+
+def _entries(options: GymOptions, random: Random) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Some generators prepare all their entries at once, so that one huge data set will not do."""
+    while True:
+        dataset = _dataset(options, seed=random.getrandbits(31))
+        yield from ((dataset, dataset[index]) for index in range(_BATCH))
 
 
 def _dataset(options: GymOptions, seed: int) -> Any:
@@ -61,7 +68,7 @@ def _dataset(options: GymOptions, seed: int) -> Any:
         if key not in fields:
             raise ConfigError(f"gym.config.{key}: {options.name} has no such setting; {_nearest(key, fields)}")
     try:
-        return reasoning_gym.factory.create_dataset(options.name, seed=seed, size=_SIZE, **options.config)
+        return reasoning_gym.factory.create_dataset(options.name, seed=seed, size=_BATCH, **options.config)
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"gym.config: {options.name} refuses its settings: {error}") from None
 
