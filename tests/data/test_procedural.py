@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -239,6 +240,20 @@ def test_programs_are_no_prompts_yet():
     require_judgeable("chain")
     with pytest.raises(ConfigError, match="needs the sandbox"):
         require_judgeable("program")
+
+
+def test_the_page_names_every_task_and_setting():
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for task, entry in TASKS.items():
+        row = next(line for line in page.split("## Settings")[1].splitlines() if line.startswith(f"| `{task}`"))
+        for name, field in entry.options.model_fields.items():
+            assert f"`{name}`" in row
+            assert (
+                isinstance(field.default, tuple)
+                or field.is_required()
+                or not field.default
+                or str(field.default) in row
+            )
 
 
 def test_arithmetic_is_fast():

@@ -1,9 +1,11 @@
 """Verdicts of the verifiers that need no worker process, on right, wrong, malformed and hostile completions."""
 
 import time
+from pathlib import Path
+from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bloomery import verify
@@ -196,6 +198,12 @@ def test_unknown_verifiers_are_explained():
         verify.judge("program", "", "{}")
 
 
+def test_the_page_names_every_status_and_verifier():
+    page = (Path(__file__).parents[2] / "docs" / "verify.md").read_text(encoding="utf-8")
+    for name in (*get_args(verify.Status), *verify.VERIFIERS):
+        assert f"`{name}`" in page
+
+
 def test_scores_follow_statuses():
     assert verify.judge("answer", "\\boxed{1}", "1") == Verdict(1.0, "correct", "")
     assert verify.judge("answer", "", "1").score == 0.0
@@ -217,6 +225,7 @@ def wrap(command: str, parts: list) -> tuple[str, list[str]]:
     return f"{command}{{{content}}}", [content] if command else [box for _, found in parts for box in found]
 
 
+@settings(deadline=None)
 @given(st.lists(NESTED, max_size=4))
 def test_box_search_finds_the_boxes_that_were_built(parts: list):
     text = " ".join(part for part, _ in parts)
@@ -224,6 +233,7 @@ def test_box_search_finds_the_boxes_that_were_built(parts: list):
     assert boxes(text + r" \boxed{" + text) is None
 
 
+@settings(deadline=None)
 @given(st.fractions(min_value=-1000, max_value=1000, max_denominator=500))
 def test_fractions_are_read_back(value):
     for text in (f"{value}", rf"\frac{{{value.numerator}}}{{{value.denominator}}}"):
