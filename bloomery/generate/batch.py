@@ -80,7 +80,7 @@ class Window:
         self._watched = [(row, one.watch) for row, one in enumerate(live) if one.watch]
 
     def draw(self, logits: Tensor) -> list[int]:
-        """Draw and record a token for each row; logits (rows, vocab). Returns the rows that end with it."""
+        """Draw and record a token for each row; logits (rows, vocab) are overwritten. Returns the rows that end with it."""
         rows = self.rows
         token, logprob = sample(logits, self._settings, rows.uniforms.gather(1, rows.produced))
         rows.tokens.scatter_(1, rows.produced, token)
@@ -115,7 +115,7 @@ class Batch:
         self._live += [Live(waiting, self._watch(waiting)) for waiting in starting]
         rows = self._rows.view(start, stop)
         rows.start([waiting.request.params for waiting in starting])
-        ended = Window(rows, self._live[start:]).draw(prefilled.logits)
+        ended = Window(rows, self._live[start:]).draw(prefilled.logits.clone())
         finished = self._retire([start + row for row in ended])
         self._reshape()
         return finished

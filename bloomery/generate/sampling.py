@@ -9,17 +9,20 @@ the layers of a small model.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from bloomery.config import Config
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _LOWEST_TEMPERATURE = 1e-3
+_BLOCK = 64  # tokens
 
 
 class SamplingParams(Config):
@@ -116,7 +119,7 @@ class RowSettings:
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> "RowSettings":
         """Settings of the rows that continue with `params`, in order."""
 
-        def column(values: list) -> float | Tensor:
+        def column(values: list[Any]) -> Any:
             return values[0] if len(set(values)) == 1 else torch.tensor(values, device=device)[:, None]
 
         return cls(
@@ -132,40 +135,64 @@ class RowSettings:
 
 
 def sample(logits: Tensor, settings: RowSettings, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token a row. logits (rows, vocab), uniform (rows, 1) float64 → tokens (rows, 1) int64, logprobs (rows, 1) float32.
+    """Draw one token a row.
 
-    Log-probabilities belong to the distribution drawn from: at the row's temperature, after its filters. Greedy rows have
-    no such distribution; theirs are at temperature 1. A row whose logits are not finite gets NaN.
+    Args:
+        logits: (rows, vocab); overwritten when in float32, so that no second array of their size is needed.
+        settings: of these rows.
+        uniform: (rows, 1) float64, the numbers in (0, 1) behind the draws.
+
+    Returns:
+        tokens (rows, 1) int64 and their log-probabilities (rows, 1) float32, of the distribution drawn from: at the row's
+        temperature, after its filters. Greedy rows have no such distribution; theirs are at temperature 1. A row whose
+        logits are not finite gets NaN.
     """
     logits = logits.float()
-    if settings.greedy is True and not settings.logprobs:
-        best, token = logits.max(-1, keepdim=True)
-        return token, best * 0.0  # keeps a NaN visible
-    probabilities = torch.softmax(_tempered(logits, settings.temperature), -1)
-    if settings.filters:
-        probabilities = torch.where(probabilities >= _threshold(probabilities, settings), probabilities, 0.0)
     if settings.greedy is True:
-        probability, token = probabilities.max(-1, keepdim=True)
-        return token, probability.log()
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, uniform * total, right=True)
+        return _likeliest(logits, settings.logprobs)
+    weights = logits.sub_(logits.amax(-1, keepdim=True))
+    if isinstance(settings.temperature, Tensor) or settings.temperature != 1:
+        weights.div_(settings.temperature)
+    weights.exp_()
+    if settings.filters:
+        weights.masked_fill_(weights < _threshold(weights, settings), 0.0)
+    token, total = _invert(weights, uniform)
     if settings.greedy is not False:
-        token = torch.where(settings.greedy, probabilities.argmax(-1, keepdim=True), token)
-    token.clamp_(max=logits.shape[-1] - 1)  # only rows of NaN reach past the end
-    return token, (probabilities.gather(-1, token) / total).log().float()
+        token = torch.where(settings.greedy, weights.max(-1, keepdim=True).indices, token)
+    return token, (weights.gather(-1, token) / total).log().float()
 
 
-def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    return logits if isinstance(temperature, float) and temperature == 1 else logits / temperature
+def _likeliest(logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor]:
+    best, token = logits.max(-1, keepdim=True)
+    if not logprobs:
+        return token, best * 0.0  # keeps a NaN visible
+    return token, -logits.sub_(best).exp_().sum(-1, keepdim=True).log()
 
 
-def _threshold(probabilities: Tensor, settings: RowSettings) -> Tensor:
-    """The smallest probability that each row keeps, (rows, 1). Tokens that tie with it are kept too."""
-    least = settings.min_p * probabilities.amax(-1, keepdim=True)
+def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The token in whose share of the row's total weight the uniform falls, and that total (float64), each (rows, 1).
+
+    First the block of tokens, then the token in it: only the blocks' sums and one block are ever accumulated, which
+    takes a third of the time of a running sum over the vocabulary, and no array of its size in float64.
+    """
+    vocab = weights.shape[-1]
+    blocks = F.pad(weights, (0, -vocab % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1:]
+    point = uniform * total
+    block = torch.searchsorted(mass, point, right=True).clamp_(max=mass.shape[1] - 1)  # past the end only with NaN
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    rest = (inside[:, -1:] - (mass.gather(1, block) - point)).clamp_(min=0)
+    token = block * _BLOCK + torch.searchsorted(inside, rest, right=True)
+    return token.clamp_(max=vocab - 1), total
+
+
+def _threshold(weights: Tensor, settings: RowSettings) -> Tensor:
+    """The smallest weight each row keeps, (rows, 1), where the likeliest weighs 1. Tokens that tie with it are kept too."""
+    least = torch.as_tensor(settings.min_p, device=weights.device)
     if not settings.sorts:
         return least
-    rising = _sorted(probabilities)
+    rising = _sorted(weights)
     vocab = rising.shape[-1]
     top_k = torch.as_tensor(settings.top_k, device=rising.device)
     outside = vocab - torch.where(top_k > 0, top_k, vocab)  # negative when top_k exceeds the vocabulary: keeps all
