@@ -1,14 +1,20 @@
 """A decoder small enough to train in a test, and data whose next token can be learnt."""
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bloomery.artifact import Output
+from bloomery.config import Config, Field
+from bloomery.train.losses import next_token
 from bloomery.train.loop import LoopConfig, TrainState
 from bloomery.train.optim import adamw
+from bloomery.train.run import resumable
 
 VOCAB_SIZE = 13
 
@@ -66,3 +72,28 @@ def new_state(config: LoopConfig, seed: int = 0) -> TrainState:
     """A fresh model and optimizer, always the same."""
     model = TinyModel(seed)
     return TrainState(model, adamw(model, config))
+
+
+class TinyConfig(Config):
+    """Settings of the stage below."""
+
+    loop: LoopConfig = Field(description="how to train")
+    pause_seconds: float = Field(default=0.0, description="pause before each batch, in seconds")
+
+
+def train(path: Path, config: TinyConfig) -> TrainState:
+    """A stage in miniature. Its batches keep a count in `extra` and draw from torch's global generator."""
+    state = new_state(config.loop)
+
+    def batches_from(position: int) -> Iterator[list[dict[str, Tensor]]]:
+        for batches in stream(position, config.loop):
+            time.sleep(config.pause_seconds)
+            state.extra["drawn"] = state.extra.get("drawn", 0) + len(batches)
+            batches[0]["labels"][0, 0] = torch.randint(VOCAB_SIZE, ())
+            yield batches
+
+    with Output(path, "tiny", config) as output:
+        for step in resumable(output, state, batches_from, next_token, config.loop):
+            if step.step % 4 == 0:
+                output.metrics.log(step.step, validation_loss=step.loss)
+    return state

@@ -1,0 +1,37 @@
+"""Bytes that training will need, estimated from the sizes alone."""
+
+from bloomery.model.config import ModelConfig
+
+_STATE_BYTES = 16  # per fp32 parameter: weight, gradient and the two moments of AdamW
+_FLOAT32_BYTES = 4
+
+
+def state_bytes(parameters: int) -> int:
+    """Weights, gradients and AdamW's moments."""
+    return _STATE_BYTES * parameters
+
+
+def activation_bytes(config: ModelConfig, micro_batch_size: int, seq_len: int, recompute: bool = False) -> int:
+    """What one fp32 forward pass keeps for its backward, to within about a tenth.
+
+    The output head is left out: its logits exist in small chunks only. recompute: activation checkpointing, which keeps the
+    residual stream before each layer, and one layer's activations while that layer is recomputed.
+    """
+    layers = [_floats_per_token(config, kind) for kind in config.pattern]
+    kept = config.hidden_size * len(layers) + max(layers) if recompute else sum(layers)
+    return _FLOAT32_BYTES * micro_batch_size * seq_len * (kept + config.hidden_size)
+
+
+def _floats_per_token(config: ModelConfig, kind: str) -> int:
+    """Numbers kept per token by one layer: its input, the normed input, and what its mixer holds on to."""
+    d, per_inner = config.hidden_size, 4 if config.mlp_gated else 2
+    if kind == "-":
+        return 2 * d + per_inner * config.intermediate_size
+    if kind == "*":
+        return 2 * d + 2 * config.query_size + 2 * config.key_value_size
+    if kind == "E":
+        routed = config.num_experts_per_tok * (per_inner * config.moe_intermediate_size + 3 * d)
+        return 2 * d + routed + per_inner * config.moe_shared_expert_intermediate_size
+    inner, chunk = config.mamba_inner_size, config.chunk_size
+    scan = config.mamba_num_heads * chunk + inner * config.ssm_state_size // chunk
+    return 2 * d + sum(config.mamba_in_proj_sizes) + 2 * config.mamba_conv_size + 3 * inner + scan

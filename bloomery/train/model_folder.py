@@ -1,0 +1,41 @@
+"""A model folder as stages that go on from one see it: tokenizer and sizes, checked against each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bloomery import artifact
+from bloomery.data.tokenizer import Tokenizer, load_tokenizer
+from bloomery.errors import ConfigError
+from bloomery.model import hf
+from bloomery.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """`path` holds weights, `config.json` and the tokenizer's files."""
+
+    path: Path
+    tokenizer: Tokenizer
+    config: ModelConfig
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows; never learnt and never seen by what is."""
+        tokenizer = self.tokenizer
+        found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return found or 0
+
+
+def open_model(path: Path) -> ModelFolder:
+    """The folder that a config names as its model; no weights are read yet.
+
+    Raises `ArtifactError` for what is missing, `ConfigError` when the tokenizer has entries that the model lacks.
+    """
+    folder = artifact.resolve(path, "model")
+    found = ModelFolder(folder, load_tokenizer(folder), hf.load_config(folder))
+    if found.tokenizer.vocab_size > found.config.vocab_size:
+        raise ConfigError(
+            f"model: {folder}: the tokenizer has {found.tokenizer.vocab_size} entries, the model's vocabulary "
+            f"{found.config.vocab_size}; use the tokenizer that the model was trained with"
+        )
+    return found

@@ -1,0 +1,217 @@
+"""Stage `pretrain`: next-token training on the blended rows of stage `blend`, from seeded weights or from a model."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from pydantic import model_validator
+
+from bloomery import artifact
+from bloomery.artifact import Manifest, Output
+from bloomery.config import Config, DatasetDir, Field, ModelDir, build
+from bloomery.data.blend import TOKENIZER, BlendedRows
+from bloomery.data.pack import Batch
+from bloomery.data.tokenizer import Tokenizer, load_tokenizer
+from bloomery.errors import ConfigError
+from bloomery.model import hf
+from bloomery.model.config import ModelConfig
+from bloomery.model.decoder import Decoder
+from bloomery.progress import say
+from bloomery.train.losses import next_token
+from bloomery.train.loop import LoopConfig, TrainState, computes_in_bf16
+from bloomery.train.memory import activation_bytes, state_bytes
+from bloomery.train.optim import adamw
+from bloomery.train.run import default_device, resumable
+
+
+class NewModel(ModelConfig):
+    """A model to be made. What is left out of the vocabulary comes from the tokenizer of the tokens."""
+
+    vocab_size: int = Field(default=0, ge=0, description="rows of the embedding table; 0: as many as the tokenizer has tokens")
+
+    def _check_tokens(self) -> None:
+        if self.vocab_size:
+            super()._check_tokens()
+
+
+class PretrainConfig(Config):
+    """Train a model on blended tokens."""
+
+    tokens: DatasetDir = Field(description="folder written by stage blend")
+    model: NewModel | None = Field(default=None, description="the model to make (give this or init)")
+    init: ModelDir | None = Field(default=None, description="the model to go on from, with a fresh optimizer (give this or model)")
+    loop: LoopConfig = Field(description="how to train")
+    validation_rows: int = Field(default=64, ge=0, description="held-out rows of each source to validate on; 0: none")
+    seed: int = Field(default=0, description="seed of the initial weights")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.model is None) == (self.init is None):
+            raise ValueError("model, init: give exactly one of the two; it is where the weights come from")
+        return self
+
+
+def check(config: PretrainConfig) -> dict[str, Any]:
+    """Size, memory, work and data of the run, without making the model. Raises what `run` would refuse before it starts.
+
+    Where the tokens do not exist yet, what depends on them is left out.
+    """
+    loop = config.loop
+    built = (Path(config.tokens) / artifact.MANIFEST).is_file()
+    if not built and not (config.model and config.model.vocab_size):
+        return {"steps": loop.max_steps, "sequences": loop.max_steps * loop.batch_size}
+    model = _model_config(config, _tokenizer(config)) if built else build(ModelConfig, config.model.model_dump())  # type: ignore[union-attr]
+    hf.export_config(model)
+    seq_len = _checked_rows(config, model).seq_len if built else model.max_position_embeddings
+    tokens = loop.max_steps * loop.batch_size * seq_len
+    parameters = model.count_parameters()
+    return {
+        "parameters": parameters,
+        "active_parameters": model.count_parameters(active=True),
+        "steps": loop.max_steps,
+        "sequences": loop.max_steps * loop.batch_size,
+        "tokens": tokens,
+        "flops": model.flops_per_token(seq_len) * tokens,
+        "state_bytes": state_bytes(parameters),
+        "activation_bytes": activation_bytes(model, loop.micro_batch_size, seq_len, loop.activation_checkpointing),
+    }
+
+
+def run(config: PretrainConfig, out: Path) -> Manifest:
+    """Stage `pretrain`: `model/` with weights and tokenizer, and what was read of each source."""
+    tokenizer = _tokenizer(config)
+    model_config = _model_config(config, tokenizer)
+    hf.export_config(model_config)
+    rows = _checked_rows(config, model_config)
+    with Output(out, "pretrain", config) as output:
+        if output.done:
+            return artifact.read_manifest(output.path)  # type: ignore[return-value]
+        state = _initial_state(config, model_config)
+        _train(state, rows, config, output)
+        hf.save(state.model, output.model)  # type: ignore[arg-type]
+        tokenizer.save(output.model)
+        return output.finish("model", _summary(state, rows, output))
+
+
+def _train(state: TrainState, rows: BlendedRows, config: PretrainConfig, output: Output) -> None:
+    """All steps that are left, with validation between them; then the ledger against the plan."""
+    loop, first = config.loop, 0
+
+    def batches_from(position: int) -> Iterator[list[Batch]]:
+        nonlocal first
+        first = position
+        return rows.batches(position, loop.batch_size, loop.micro_batch_size)
+
+    objective = partial(next_token, sources=rows.names)
+    for step in resumable(output, state, batches_from, objective, loop):
+        due = loop.validate_every_steps and step.step % loop.validate_every_steps == 0
+        if due or step.step == loop.max_steps:
+            losses = validate(state.model, rows, config)
+            if losses:
+                output.metrics.log(step.step, **losses)
+    rows.ledger.verify(rows.plan, first, state.position)
+
+
+@torch.no_grad()
+def validate(model: torch.nn.Module, rows: BlendedRows, config: PretrainConfig) -> dict[str, float]:
+    """`validation_loss` over all held-out tokens and `validation_loss/{source}`, in nats per token; empty without any."""
+    model.eval()
+    device = next(model.parameters()).device
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    batches = rows.validation(config.loop.micro_batch_size, config.validation_rows) if config.validation_rows else ()
+    with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(config.loop, model, device)):
+        for batch in batches:
+            loss = next_token(model, {name: value.to(device) for name, value in batch.items()}, sources=rows.names)
+            for name, (total, weight) in {"loss": (loss.sum, loss.weight), **loss.metrics}.items():
+                sums[name][0] += float(total)
+                sums[name][1] += float(weight)
+    return {f"validation_{name}": total / weight for name, (total, weight) in sums.items() if weight}
+
+
+def _tokenizer(config: PretrainConfig) -> Tokenizer:
+    artifact.require_kind(config.tokens, "tokens")
+    return load_tokenizer(artifact.resolve(config.tokens, "dataset") / TOKENIZER)
+
+
+def _model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The sizes of the model, checked against the tokenizer of the tokens."""
+    if config.model is None:
+        found = hf.load_config(artifact.resolve(config.init, "model"))  # type: ignore[arg-type]
+        _check_vocabulary("init", found.vocab_size, config, tokenizer)
+        _check_same_tokens(config, tokenizer)
+        return found
+    given = config.model.model_dump()
+    given["vocab_size"] = given["vocab_size"] or tokenizer.vocab_size
+    _check_vocabulary("model.vocab_size", given["vocab_size"], config, tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given[name] = getattr(tokenizer, name) if given[name] is None else given[name]
+    return build(ModelConfig, given, "model")
+
+
+def _check_vocabulary(where: str, size: int, config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    if size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"{where}: the model has room for {size} tokens, the tokenizer of {config.tokens} has {tokenizer.vocab_size}; "
+            "give the model at least as many, or blend with the model's own tokenizer"
+        )
+
+
+def _check_same_tokens(config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    """A vocabulary of the right size with other tokens in it would train on noise."""
+    own = load_tokenizer(config.init).backend.get_vocab(with_added_tokens=True)  # type: ignore[arg-type]
+    used = tokenizer.backend.get_vocab(with_added_tokens=True)
+    differing = [token for token, number in own.items() if used.get(token) != number]
+    if differing:
+        raise ConfigError(
+            f"init: the tokenizer of {config.init} and that of {config.tokens} differ in {len(differing)} tokens, "
+            f"first {differing[0]!r}; blend with the model's own tokenizer"
+        )
+
+
+def _checked_rows(config: PretrainConfig, model: ModelConfig) -> BlendedRows:
+    """The data, with what the loop asks of it checked."""
+    rows, asked = BlendedRows(config.tokens), config.loop.max_steps * config.loop.batch_size
+    if asked > rows.num_sequences:
+        raise ConfigError(
+            f"loop: {config.loop.max_steps} steps of {config.loop.batch_size} read {asked} sequences, the plan of "
+            f"{config.tokens} holds {rows.num_sequences}; lower max_steps or batch_size, or blend more"
+        )
+    if rows.seq_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"model.max_position_embeddings: {model.max_position_embeddings} is less than the {rows.seq_len} positions of a "
+            f"row of {config.tokens}; raise it, or blend with a smaller seq_len"
+        )
+    return rows
+
+
+def _initial_state(config: PretrainConfig, model_config: ModelConfig) -> TrainState:
+    torch.manual_seed(config.seed)
+    if config.init is None:
+        model = Decoder(model_config)
+    else:
+        model = hf.load(artifact.resolve(config.init, "model"), torch.float32)
+    model = model.to(default_device())
+    return TrainState(model, adamw(model, config.loop))
+
+
+def _summary(state: TrainState, rows: BlendedRows, output: Output) -> dict[str, Any]:
+    """Headline numbers, read back from the metrics so that a resumed run says the same; only the speed is its own."""
+    steps = [row for row in output.metrics.read() if "loss" in row]
+    validations = [row for row in output.metrics.read() if "validation_loss" in row]
+    validation = {name: value for name, value in (validations[-1] if validations else {}).items() if name != "step"}
+    drawn = np.bincount(rows.plan.order(0, state.position)[0], minlength=len(rows.names)).tolist()
+    if state.position < rows.num_sequences:
+        say(f"pretrain  read {state.position} of the {rows.num_sequences} sequences planned")
+    return {
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "steps": state.step,
+        "tokens": state.position * rows.seq_len,
+        "loss": steps[-1]["loss"],
+        **validation,
+        "sequences": dict(zip(rows.names, drawn, strict=True)),
+        "tokens_per_second": round(sum(row["tokens"] for row in steps) / sum(row["seconds"] for row in steps), 1),
+    }
