@@ -1,5 +1,7 @@
 """The objective of reinforcement learning, `(model, batch) → Loss`, and its proof of being on-policy."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -23,19 +25,21 @@ class PolicyGradient:
         self, temperature: float, max_logprob_gap: float, clip: tuple[float, float] | None = None, kl: float = 0.0
     ):
         self.temperature, self.max_logprob_gap, self.clip, self.kl = temperature, max_logprob_gap, clip, kl
-        self.largest_gap = 0.0
-        """Largest gap of a single token since `reset`, nats."""
+        self.begin({})
 
-    def reset(self) -> None:
-        """Begin a new step's certificate."""
+    def begin(self, metrics: Mapping[str, float]) -> None:
+        """A new step, whose rollouts have these metrics; they are reported with its first micro-batch."""
+        self._rollout_metrics: dict[str, Metric] = {name: (value, 1.0) for name, value in metrics.items()}
         self.largest_gap = 0.0
+        """Largest gap of a single token in this step, nats."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """Gradients of `sum`, over `weight`, ascend the expected advantage."""
         logprobs, entropy = token_logprobs(model, batch, self.temperature)
         mask = batch["labels"] != IGNORE
         losses = self._losses(logprobs, batch)
-        metrics = self._certify(logprobs.detach(), batch["generator_logprobs"], mask)
+        metrics = self._rollout_metrics | self._certify(logprobs.detach(), batch["generator_logprobs"], mask)
+        self._rollout_metrics = {}
         metrics["entropy"] = (entropy.detach()[mask].sum(), mask.sum())
         if self.kl:
             penalty = objectives.kl_penalty(logprobs, batch["reference_logprobs"])
@@ -68,5 +72,7 @@ class PolicyGradient:
 @torch.no_grad()
 def add_reference_logprobs(reference: nn.Module, batches: list[Batch], temperature: float) -> None:
     """Give each batch the log-probabilities of a frozen model, as `reference_logprobs` (batch, seq)."""
+    device = next(reference.parameters()).device
     for batch in batches:
-        batch["reference_logprobs"] = token_logprobs(reference, batch, temperature)[0]
+        here = {name: batch[name].to(device) for name in ("input_ids", "labels")}
+        batch["reference_logprobs"] = token_logprobs(reference, here, temperature)[0].to(batch["labels"].device)

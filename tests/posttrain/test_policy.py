@@ -9,11 +9,11 @@ from torch import nn
 from bloomery.data.pack import IGNORE
 from bloomery.data.prompts import Prompt
 from bloomery.errors import DivergenceError
-from bloomery.generate.request import Completion
+from bloomery.generate import Completion
 from bloomery.posttrain.batches import Row, micro_batches, split_by_length
 from bloomery.posttrain.policy import PolicyGradient, add_reference_logprobs
 from bloomery.posttrain.rollouts import Rollouts, Sample
-from bloomery.verify.verdict import Verdict
+from bloomery.verify import Verdict
 
 VOCAB, TEMPERATURE, MAX_NEW = 11, 0.6, 8
 
@@ -71,12 +71,9 @@ def by_batches(rollouts: Rollouts, budget: int, how: str, **options: bool) -> tu
 
 def by_loop(rollouts: Rollouts, how: str) -> torch.Tensor:
     """Every token on its own; advantages by the textbook."""
-    model, counted, total = (
-        Recurrent(),
-        [g for g in rollouts.groups if sum(s.verdict.score is not None for s in g) > 1],
-        [],
-    )
-    judged = [[s for s in group if s.verdict.score is not None] for group in counted]
+    model, total = Recurrent(), []
+    judged = [[s for s in group if s.verdict.score is not None] for group in rollouts.groups]
+    judged = [group for group in judged if len(group) > 1]
     tokens = sum(s.tokens for group in judged for s in group)
     for group in judged:
         rewards = torch.tensor([s.verdict.score for s in group], dtype=torch.float64)
