@@ -31,7 +31,7 @@ ModelDir = Annotated[Path, Input("model")]
 DatasetDir = Annotated[Path, Input("dataset")]
 TokenizerDir = Annotated[Path, Input("tokenizer")]
 
-RUN_ONLY = {"run_only": True}
+RUN_ONLY: dict[str, Any] = {"run_only": True}
 """`Field(json_schema_extra=RUN_ONLY)`: changes how a stage runs, never what it produces; not part of its key."""
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
