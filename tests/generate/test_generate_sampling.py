@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def draw(logits, params, uniform):
-    tokens, logprobs = sample(logits, RowSettings.of(params, CPU), torch.tensor(uniform, dtype=torch.float64)[:, None])
+    tokens, logprobs = sample(logits.clone(), RowSettings.of(params, CPU), torch.tensor(uniform, dtype=torch.float64)[:, None])
     return tokens[:, 0].tolist(), logprobs[:, 0].tolist()
 
 
