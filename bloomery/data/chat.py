@@ -71,7 +71,8 @@ def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[li
     spans = []
     for start, end in marks:
         inside = np.flatnonzero((starts < end) & (ends > start))
-        first, last = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
+        empty = int(np.searchsorted(starts, start))
+        first, last = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (empty, empty)
         spans.append((first, _through_end_of_turn(tokenizer, ids, first, last)))
     return ids, spans
 
@@ -83,7 +84,9 @@ def _through_end_of_turn(tokenizer: Tokenizer, ids: list[int], start: int, end: 
     """
     for position in range(end - 1, start - 1, -1):
         if ids[position] in tokenizer.special_ids:
-            return position + 1 if not tokenizer.decode(ids[position + 1 : end]).strip() else end
+            if not tokenizer.decode(ids[position + 1 : end]).strip():
+                return position + 1
+            break
     if end < len(ids) and ids[end] in tokenizer.special_ids:
         return end + 1
     raise ConfigError(

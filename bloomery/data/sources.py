@@ -1,5 +1,6 @@
 """The settings of each kind of raw source, and the documents it gives."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from bloomery.data.procedural import Problem, generate, require_judgeable
 from bloomery.errors import ConfigError
 
 
-class Source(Config):
+class Source(Config, ABC):
     """What all sources share."""
 
     name: str = Field(description="names the source's files and its rows: letters, digits, '_', '.', '-'")
@@ -30,9 +31,9 @@ class Source(Config):
         default="drop", description="input that cannot be read is dropped with a count, or an error"
     )
 
+    @abstractmethod
     def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
         """The source's documents, as rows of `kind`. Raises `ConfigError` where it cannot give that kind."""
-        raise ConfigError(f"source {self.name}: cannot give {kind}")
 
     def _only_text(self, kind: str) -> None:
         if kind != "documents":
@@ -67,9 +68,9 @@ class RowSource(Source):
         default=None, description="verifier of all rows, where they have no such column (prompts)"
     )
 
+    @abstractmethod
     def rows(self, invalid: read.Invalid) -> Iterator[read.Located]:
         """The raw rows, each with its place."""
-        raise ConfigError(f"source {self.name}: has no rows")
 
     def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
         """The rows, their columns renamed and checked."""

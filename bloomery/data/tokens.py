@@ -42,8 +42,10 @@ class RowWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._flush()
-        self._files.__exit__(kind, error, trace)
+            with self._files:  # when the last write fails, no half-written file stays
+                self._flush()
+        else:
+            self._files.__exit__(kind, error, trace)
 
     def add(self, document: np.ndarray) -> None:
         """One more document, (tokens,) int32."""

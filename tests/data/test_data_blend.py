@@ -8,6 +8,7 @@ from bloomery.data import blend
 from bloomery.data.blend import BlendConfig, BlendedRows
 from bloomery.data.dataset import write_rows
 from bloomery.data.tokenizer import Tokenizer, train_tokenizer
+from bloomery.data.tokens import RowWriter
 from bloomery.errors import ArtifactError, ConfigError
 
 SEQ_LEN = 32
@@ -242,6 +243,45 @@ def test_windows_bound_memory_and_change_no_document(corpus, tmp_path, monkeypat
     batch = blend.to_batch(np.stack([row[0] for row in taken]), [row[1] for row in taken])
     learnt = documents_in([batch])
     assert len(learnt) == len(set(learnt)) == 400
+
+
+def test_an_interrupted_blend_ends_like_an_undisturbed_one(corpus, tmp_path, monkeypatch):
+    settings = config(corpus, {"sums": 2, "words": 1}, validation_fraction=0.1)
+    write, calls = blend._write_source, []
+
+    def interrupted(*arguments):
+        calls.append(arguments[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(blend, "_write_source", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        blend.run(settings, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    assert blend.run(settings, tmp_path / "cut").summary == blend.run(settings, tmp_path / "whole").summary
+    for file in ("plan.json", "data/sums-00000.arrow", "validation/sums-00000.arrow", "data/words-00000.arrow"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_full_disk_is_explained_and_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    file = tmp_path / "data" / "a-00000.arrow"
+    with RowWriter(file, 5, "whole", 0) as writer:
+        writer.add(np.arange(3, dtype=np.int32))
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    before = file.read_bytes()
+    writer = RowWriter(file, 5, "whole", 0)
+    writer.add(np.arange(3, dtype=np.int32))
+    writer._flush()
+    writer.add(np.arange(4, dtype=np.int32))
+    monkeypatch.setattr("bloomery.data.tokens.pack_whole", full)
+    with pytest.raises(ArtifactError, match=r"a-00000\.arrow: cannot write: No space left on device"):
+        writer.__exit__(None, None, None)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert file.read_bytes() == before
 
 
 def test_damaged_products_are_named(corpus, tmp_path):

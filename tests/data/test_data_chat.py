@@ -109,6 +109,24 @@ def test_an_example_that_teaches_nothing_is_refused(tokenizer, template, chat):
         encode_example(with_template(tokenizer, template), chat)
 
 
+def test_an_empty_reply_still_teaches_the_end_of_the_turn(tokenizer):
+    chat = [CHAT[1], {"role": "assistant", "content": ""}]
+    for template in (CHAT_TEMPLATE, PLAIN, END_OUTSIDE):
+        ids, mask = encode_example(with_template(tokenizer, template), chat)
+        (learnt,) = [place for place, flag in enumerate(mask) if flag]
+        assert ids[learnt] == tokenizer.eos_token_id
+        assert learnt >= len(encode_prompt(with_template(tokenizer, template), chat[:1]))
+
+
+def test_a_special_token_inside_a_reply_is_not_its_end(tokenizer):
+    chat = [CHAT[1], {"role": "assistant", "content": "a<|pad|>b"}]
+    assert supervised(tokenizer, chat) == "a<|pad|>b<|endoftext|>"
+    assert supervised(with_template(tokenizer, END_OUTSIDE), chat) == "a<|pad|>b<|endoftext|>"
+    no_end = END_OUTSIDE.replace("{%- endgeneration -%}{{- eos_token -}}", "{%- endgeneration -%}")
+    with pytest.raises(ConfigError, match="would never learn to stop"):
+        encode_example(with_template(tokenizer, no_end), chat)
+
+
 def test_malformed_messages_are_named(tokenizer):
     with pytest.raises(
         ArtifactError, match=r"message 1: found \{'role': 'assistant'\}, expected a 'role' and a 'content'"
