@@ -1,6 +1,7 @@
 """The Mamba-2 mixer (arXiv 2405.21060) as used by Nemotron-H (arXiv 2504.03624)."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -60,28 +61,36 @@ class Mamba(nn.Module):
     def _step(self, x: Tensor, cache: MambaCache) -> Tensor:
         """One token a row, x (batch, hidden): the recurrence itself, in place."""
         z, conv_in, dt = self.in_proj(x).split(self.config.mamba_in_proj_sizes, dim=-1)
-        window = torch.cat([cache.conv, conv_in.unsqueeze(1)], dim=1)
-        cache.conv.copy_(window[:, 1:])
-        mixed = (window * self.conv1d.weight[:, 0].T).sum(1)
-        if self.conv1d.bias is not None:
-            mixed += self.conv1d.bias
-        inputs, B, C = self._split(F.silu(mixed).float())
+        inputs, B, C = self._split(self._conv_step(conv_in, cache.conv).float())
         dt = self._time_steps(dt)
-        state = cache.ssm
-        state.mul_((dt * self._A()).exp()[..., None, None])
-        grouped = state.unflatten(1, (self.config.n_groups, -1)).flatten(2, 3)  # (batch, groups, channels, state)
-        update = (inputs * dt.unsqueeze(-1)).view(*grouped.shape[:3])
-        grouped.addcmul_(update.unsqueeze(-1), B.unsqueeze(2))
-        y = (grouped @ C.unsqueeze(-1)).view(inputs.shape)
+        state = cache.ssm.mul_((dt * self._A()).exp()[..., None, None])
+        batch, groups, columns = B.shape
+        grouped = state.view(batch * groups, -1, columns)  # a group's channels share B and C
+        update = (inputs * dt.unsqueeze(-1)).view(batch * groups, -1, 1)
+        grouped.addcmul_(update, B.reshape(batch * groups, 1, columns))
+        y = torch.bmm(C.reshape(batch * groups, 1, columns), grouped.transpose(1, 2)).view(inputs.shape)
         y = torch.addcmul(y, inputs, self.D.unsqueeze(-1))
         return self.out_proj(self.norm(y.flatten(1), z))
+
+    def _conv_step(self, new: Tensor, held: Tensor) -> Tensor:
+        """SiLU of the convolution at one new column (batch, channels); `held` (batch, K − 1, channels) moves on by it."""
+        taps = self.conv1d.weight[:, 0].T.contiguous()
+        bias = self.conv1d.bias
+        mixed = new * taps[-1] if bias is None else torch.addcmul(bias, new, taps[-1])
+        columns = [*held.unbind(1), new]
+        for column, tap in zip(columns[:-1], taps[:-1], strict=True):
+            mixed.addcmul_(column, tap)
+        for column, following in pairwise(columns):
+            column.copy_(following)
+        return F.silu(mixed, inplace=True)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convolution output → x (…, heads, head_dim), B and C (…, groups, state)."""
         shared = self.config.n_groups * self.config.ssm_state_size
         x, B, C = mixed.split([self.config.mamba_inner_size, shared, shared], dim=-1)
-        groups = (self.config.n_groups, self.config.ssm_state_size)
-        return x.unflatten(-1, (-1, self.config.mamba_head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+        before = mixed.shape[:-1]
+        groups = (*before, self.config.n_groups, self.config.ssm_state_size)
+        return x.view(*before, -1, self.config.mamba_head_dim), B.view(groups), C.view(groups)
 
     def _time_steps(self, raw: Tensor) -> Tensor:
         dt = F.softplus(raw.float() + self.dt_bias)
