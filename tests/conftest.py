@@ -8,7 +8,7 @@ import pytest
 
 @dataclass(frozen=True)
 class TinyWorld:
-    """Folders of one model (about 30 thousand parameters, untrained) and of the data it can be trained and judged on."""
+    """Folders of one untrained model of 30 thousand parameters, and of data to train and judge it on."""
 
     model: Path
     messages: Path

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pydantic import model_validator
 
 from bloomery import artifact
@@ -16,11 +15,13 @@ from bloomery.config import RUN_ONLY, Config, DatasetDir, Field, ModelDir
 from bloomery.data.chat import stop_token_ids
 from bloomery.data.document import Drops
 from bloomery.data.prompts import Prompt, load_prompts
-from bloomery.data.tokenizer import Tokenizer, load_tokenizer
+from bloomery.data.tokenizer import Tokenizer
 from bloomery.errors import ArtifactError, BloomeryError, ConfigError
 from bloomery.evaluate.scoring import Answer, answer_all, choose, metrics, report_rows
 from bloomery.generate import Engine, SamplingParams
 from bloomery.model import hf
+from bloomery.train.model_folder import ModelFolder, open_model
+from bloomery.train.run import default_device
 from bloomery.verify import Pool, self_test
 
 REPORT, SAMPLES = "report.json", "samples.parquet"
@@ -68,9 +69,9 @@ def run(config: EvaluateConfig, out: Path) -> Manifest:
     with Output(out, "evaluate", config) as output:
         if output.done:
             return artifact.read_manifest(output.path)  # type: ignore[return-value]
-        tokenizer, prompts, drops = _problems(config)
+        start, prompts, drops = _problems(config)
         self_test(sorted({prompt.verifier for prompt in prompts}))
-        problems = _answers(config, tokenizer, prompts)
+        problems = _answers(config, start, prompts)
         _require_verdicts(problems)
         _write_samples(output.path / SAMPLES, problems)
         artifact.write_json(output.path / REPORT, report_rows(problems))
@@ -80,43 +81,35 @@ def run(config: EvaluateConfig, out: Path) -> Manifest:
 def check(config: EvaluateConfig) -> dict[str, Any]:
     """What will be judged, as far as the inputs exist already."""
     try:
-        tokenizer, prompts, drops = _problems(config)
+        start, prompts, drops = _problems(config)
     except ArtifactError as error:
         return {"samples_per_problem": config.num_samples, "inputs": str(error)}
     longest = max(len(prompt.ids) for prompt in prompts)
     return {
         "problems": len(prompts), "samples": len(prompts) * config.num_samples, "left_out": str(drops),
-        "longest_prompt_tokens": longest, "first_prompt": tokenizer.decode(prompts[0].ids),
+        "longest_prompt_tokens": longest, "first_prompt": start.tokenizer.decode(prompts[0].ids),
         "most_tokens": len(prompts) * config.num_samples * config.max_new_tokens,
     }  # fmt: skip
 
 
-def _problems(config: EvaluateConfig) -> tuple[Tokenizer, list[Prompt], Drops]:
-    folder = artifact.resolve(config.model, "model")
-    tokenizer, sizes, drops = load_tokenizer(folder), hf.load_config(folder), Drops()
-    if tokenizer.vocab_size > sizes.vocab_size:
-        raise ConfigError(
-            f"model: {folder}: the tokenizer has {tokenizer.vocab_size} entries, the model {sizes.vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
-    room = sizes.max_position_embeddings - config.max_new_tokens
+def _problems(config: EvaluateConfig) -> tuple[ModelFolder, list[Prompt], Drops]:
+    start, drops = open_model(config.model), Drops()
+    room = start.config.max_position_embeddings - config.max_new_tokens
     if room < 1:
         raise ConfigError(
             f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in the model's context of "
-            f"{sizes.max_position_embeddings}; choose less"
+            f"{start.config.max_position_embeddings}; choose less"
         )
-    prompts = load_prompts(config.prompts, tokenizer, room, drops)
-    return tokenizer, choose(prompts, config.max_problems, config.seed), drops
+    prompts = load_prompts(config.prompts, start.tokenizer, room, drops)
+    return start, choose(prompts, config.max_problems, config.seed), drops
 
 
-def _answers(config: EvaluateConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = hf.load(artifact.resolve(config.model, "model"), device=device)
+def _answers(config: EvaluateConfig, start: ModelFolder, prompts: Sequence[Prompt]) -> list[list[Answer]]:
     window = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
     rows = min(config.max_batch, len(prompts) * config.num_samples)
-    engine = Engine(model, rows, window, decode=tokenizer.decode)
+    engine = Engine(hf.load(start.path, device=default_device()), rows, window, decode=start.tokenizer.decode)
     with Pool(config.workers, require_think=config.require_think) as pool:
-        return answer_all(engine, pool, prompts, config.num_samples, config.sampling(tokenizer), config.seed)
+        return answer_all(engine, pool, prompts, config.num_samples, config.sampling(start.tokenizer), config.seed)
 
 
 def _require_verdicts(problems: Sequence[Sequence[Answer]]) -> None:
