@@ -27,7 +27,8 @@ def load_peer(folder: Path) -> Any:
     """The folder as `transformers` loads it, in fp32. `ArtifactError` when it misses, ignores or reshapes a tensor."""
     from transformers import AutoModelForCausalLM
 
-    peer, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loader: Any = AutoModelForCausalLM
+    peer, found = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = {name: sorted(map(str, value)) for name, value in found.items() if value}
     if problems:
         raise ArtifactError(f"{folder}: transformers does not take every tensor as it is: {problems}")

@@ -7,11 +7,11 @@ Token mean over the assistant's tokens with a global denominator, packed rows wi
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bloomery import artifact
 from bloomery.artifact import Manifest, Output
@@ -29,6 +29,7 @@ from bloomery.train.losses import next_token
 from bloomery.train.model_folder import ModelFolder, open_model
 from bloomery.train.optim import adamw
 from bloomery.train.run import default_device, resumable
+from bloomery.train.validation import validation_losses
 
 _SHOWN_TOKENS = 200
 
@@ -62,44 +63,40 @@ def run(config: SFTConfig, out: Path) -> Manifest:
         start = open_model(config.model)
         data = _load_data(config, start)
         model = hf.load(start.path, dtype=torch.float32, device=default_device())
-        losses = _train(config, output, model, data)
+        state = TrainState(model, adamw(model, config.loop))
+        _train(config, output, state, data)
         hf.save(model, output.model)
         start.tokenizer.save(output.model)
-        return output.finish("model", _summary(data) | losses)
+        return output.finish("model", _summary(data) | _results(output, data, state))
 
 
-def _train(config: SFTConfig, output: Output, model: nn.Module, data: _Data) -> dict[str, float]:
-    """Train to the end; the last loss and validation loss."""
-    loop, state = config.loop, TrainState(model, adamw(model, config.loop))
+def _train(config: SFTConfig, output: Output, state: TrainState, data: _Data) -> None:
+    """All steps that are left, with validation between them."""
+    loop = config.loop
 
     def batches_from(position: int) -> Iterator[list[Batch]]:
         return batches(data.training, position, loop.batch_size, loop.micro_batch_size)
 
-    def objective(model: nn.Module, batch: Batch) -> Any:
-        return next_token(model, batch, data.training.names)
-
-    found: dict[str, float] = {}
+    objective = partial(next_token, sources=data.training.names)
     for step in resumable(output, state, batches_from, objective, loop):
-        last = step.step == loop.max_steps
-        found["loss"] = step.loss
-        if data.validation and (last or (loop.validate_every_steps and step.step % loop.validate_every_steps == 0)):
-            found["validation_loss"] = validation_loss(model, data.validation, loop.micro_batch_size)
-            output.metrics.log(step.step, validation_loss=found["validation_loss"])
-    return found | {"epochs": data.training.epoch(state.position)}
+        due = loop.validate_every_steps and step.step % loop.validate_every_steps == 0
+        if data.validation and (due or step.step == loop.max_steps):
+            held_out = _every_row(data.validation, loop.micro_batch_size)
+            output.metrics.log(step.step, **validation_losses(state.model, held_out, data.validation.names, loop))
 
 
-@torch.no_grad()
-def validation_loss(model: nn.Module, rows: ExampleRows, micro_batch_size: int) -> float:
-    """Nats per supervised token over all held-out rows."""
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    total, weight = 0.0, 0.0
+def _every_row(rows: ExampleRows, micro_batch_size: int) -> Iterator[Batch]:
     for start in range(0, len(rows), micro_batch_size):
-        batch = rows.batch(start, min(start + micro_batch_size, len(rows)))
-        loss = next_token(model, {name: value.to(device) for name, value in batch.items()})
-        total, weight = total + float(loss.sum), weight + float(loss.weight)
-    model.train(was_training)
-    return total / weight
+        yield rows.batch(start, min(start + micro_batch_size, len(rows)))
+
+
+def _results(output: Output, data: _Data, state: TrainState) -> dict[str, Any]:
+    """Read back from the metrics, which hold the steps before a resume too."""
+    rows = output.metrics.read()
+    losses = [row["loss"] for row in rows if "loss" in row]
+    validations = [row for row in rows if "validation_loss" in row]
+    held_out = {name: value for name, value in (validations[-1] if validations else {}).items() if name != "step"}
+    return {"steps": state.step, "epochs": data.training.epoch(state.position), "loss": losses[-1], **held_out}
 
 
 def _load_data(config: SFTConfig, start: ModelFolder) -> _Data:

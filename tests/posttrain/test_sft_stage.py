@@ -42,6 +42,21 @@ def test_it_learns_and_leaves_a_model(tiny_world: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model" / "chat_template.jinja").is_file()
 
 
+def test_killed_after_the_last_step_still_ends_with_its_figures(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any) -> None:
+        raise ArtifactError("cannot write")
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(sft.hf, "save", no_space)
+        with pytest.raises(ArtifactError):
+            sft.run(config(tiny_world, loop={"max_steps": 3}), tmp_path / "out")
+    manifest = sft.run(config(tiny_world, loop={"max_steps": 3}), tmp_path / "out")
+    assert (manifest.summary["steps"], manifest.summary["epochs"]) == (3, pytest.approx(12 / manifest.summary["rows"]))
+    assert manifest.summary["validation_loss"] > 0
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
@@ -62,7 +77,8 @@ def test_killed_and_rerun_gives_the_same_weights(
     with pytest.raises(Killed):
         sft.run(config(tiny_world), tmp_path / "killed")
     monkeypatch.setattr(sft, "resumable", original)
-    sft.run(config(tiny_world), tmp_path / "killed")
+    manifest = sft.run(config(tiny_world), tmp_path / "killed")
+    assert manifest.summary == artifact.read_manifest(tmp_path / "calm").summary  # type: ignore[union-attr]
     assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
     for name, tensor in hf.load(tmp_path / "calm" / "model").state_dict().items():
         assert torch.equal(tensor, hf.load(tmp_path / "killed" / "model").state_dict()[name]), name
