@@ -1,4 +1,4 @@
-"""Resumable state on disk: written in the background by torch.distributed.checkpoint, put in place whole, verified when read.
+"""Resumable state on disk: written in the background by torch.distributed.checkpoint, whole or not at all, verified.
 
 `checkpoints/step-00000200/` holds the tensors, `state.json` (step, position, extra) and `checksums.json`, written last.
 """
@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 
 
 class Checkpoints:
-    """The last `keep` good checkpoints of one run. Use as a context manager: leaving it waits for the write in flight."""
+    """The last `keep` good checkpoints of one run. As a context manager, it waits for the write in flight when left."""
 
     def __init__(self, directory: Path, keep: int = 2):
         self.directory, self.keep = Path(directory), keep
@@ -115,8 +115,8 @@ def _restore(folder: Path, state: TrainState) -> None:
 
 def _cause(error: dcp.CheckpointException) -> Exception:
     reasons = [reason for reason, _ in error.failures.values()]
-    refused = [reason for reason in reasons if isinstance(reason, OSError)]
-    return (refused or [ArtifactError(f"cannot write a checkpoint: {reasons[0]}")])[0]
+    refused = (reason for reason in reasons if isinstance(reason, OSError))
+    return next(refused, ArtifactError(f"cannot write or read a checkpoint: {reasons[0]}"))
 
 
 def _damage(folder: Path) -> str | None:

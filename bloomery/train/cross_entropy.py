@@ -1,7 +1,7 @@
 """The output head and the softmax in one pass over chunks of tokens: full logits (tokens, vocabulary) never exist.
 
-Both functions take `hidden` (tokens, hidden), the head's `weight` (vocabulary, hidden) and `labels` (tokens,) int64 without
-masked positions, multiply in the autocast type where autocast is on, and normalise in fp32.
+Both functions take `hidden` (tokens, hidden), the head's `weight` (vocabulary, hidden) and `labels` (tokens,) int64
+without masked positions, multiply in the autocast type where autocast is on, and normalise in fp32.
 """
 
 from typing import Any

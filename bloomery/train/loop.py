@@ -1,4 +1,4 @@
-"""The training loop, once: a generator of optimizer steps. What a stage does between steps is ordinary code in the stage."""
+"""The training loop, once: a generator of optimizer steps. What happens between them is ordinary code in the stage."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class LoopConfig(Config):
     batch_size: int = Field(default=32, gt=0, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int = Field(
         default_factory=lambda given: given.get("batch_size", 1), gt=0, json_schema_extra=RUN_ONLY,
-        description="sequences per forward pass; the whole batch where not given. Less memory, same result up to rounding",
+        description="sequences per forward pass; the batch where not given. Less memory, same result up to rounding",
     )  # fmt: skip
     learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
     betas: tuple[float, float] = Field(
@@ -103,7 +103,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `grad_norm` is before clipping; `tokens` are positions computed; `seconds` include the data's."""
+    """One optimizer step. `grad_norm` is before clipping; `tokens` are positions; `seconds` include making the data."""
 
     step: int
     loss: float
@@ -119,9 +119,9 @@ def steps(
 ) -> Iterator[Step]:
     """Train from `state.step` to `config.max_steps`, yielding after each optimizer step.
 
-    A step's micro-batches are pulled only when the step before is done, so `batches` may sample from the current weights.
-    Raises `DivergenceError` before the weights change when a loss or gradient is not finite or nothing was to be learnt,
-    and `ConfigError` when `batches` ends early.
+    A step's micro-batches are pulled only when the step before is done, so `batches` may sample from current weights.
+    Raises `DivergenceError` before the weights change when a loss or gradient is not finite or nothing was to be
+    learnt, and `ConfigError` when `batches` ends early.
     """
     model, optimizer = state.model, state.optimizer
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Objectives: `(model, batch) → Loss`. They own the step from hidden states to numbers; the model ends at its last norm."""
+"""Objectives: `(model, batch) → Loss`. They lead from hidden states to numbers; the model ends at its last norm."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class Loss:
     """What an objective returns for one micro-batch.
 
     `sum` is a scalar with gradient and `weight` what it must be divided by (tokens, pairs, …). Both are summed over the
-    micro-batches of a step and divided once, which makes the mean global. `metrics`: name → (sum, weight), without gradient.
+    micro-batches of a step and divided once, which makes the mean global. `metrics`: name → (sum, weight), no gradient.
     """
 
     sum: Tensor
@@ -40,7 +40,8 @@ def next_token(model: nn.Module, batch: Batch, sources: Sequence[str] = (), bala
     hidden, labels, places = _labelled(hidden_states(model, batch), batch["labels"])
     total, losses = cross_entropy(hidden, _head(model), labels)
     metrics = _by_source(losses, batch, places, sources)
-    balance = model.balance_loss() if torch.is_grad_enabled() and hasattr(model, "balance_loss") else None
+    measure = getattr(model, "balance_loss", None)
+    balance = measure() if measure is not None and torch.is_grad_enabled() else None
     if balance is not None:
         total = total + balance_weight * len(labels) * balance
         metrics["balance"] = (balance.detach() * len(labels), len(labels))
@@ -50,10 +51,11 @@ def next_token(model: nn.Module, batch: Batch, sources: Sequence[str] = (), bala
 def token_logprobs(
     model: nn.Module, batch: Batch, temperature: float, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log p(label) and entropy of softmax(logits / temperature), each (batch, seq) fp32 with gradient; 0 where unlabelled.
+    """log p(label) and entropy of softmax(logits / temperature), each (batch, seq) fp32 with gradient.
 
-    forbidden: (vocabulary,) bool, the tokens the sampler never draws: they get probability 0 here too. Raises `ConfigError`
-    for a temperature of 0, whose policy is no distribution. AceReason-Nemotron, arXiv 2505.16400.
+    Both are 0 where there is no label. forbidden: (vocabulary,) bool, the tokens the sampler never draws: they get
+    probability 0 here too. Raises `ConfigError` for a temperature of 0, whose policy is no distribution.
+    AceReason-Nemotron, arXiv 2505.16400.
     """
     if not temperature > 0:
         raise ConfigError(
@@ -71,7 +73,8 @@ def token_logprobs(
 
 def _head(model: nn.Module) -> Tensor:
     head = model.lm_head
-    assert isinstance(head, nn.Linear) and head.bias is None, "lm_head is a plain matrix in every family"
+    assert isinstance(head, nn.Linear), "lm_head is a plain matrix in every family"
+    assert head.bias is None, "no family has a bias in lm_head"
     return head.weight
 
 

@@ -12,10 +12,10 @@ def state_bytes(parameters: int) -> int:
 
 
 def activation_bytes(config: ModelConfig, micro_batch_size: int, seq_len: int, recompute: bool = False) -> int:
-    """What one fp32 forward pass keeps for its backward, to within about a tenth.
+    """What one fp32 forward pass keeps for its backward, to within about a quarter.
 
-    The output head is left out: its logits exist in small chunks only. recompute: activation checkpointing, which keeps the
-    residual stream before each layer, and one layer's activations while that layer is recomputed.
+    The output head is left out: its logits exist in small chunks only. recompute: activation checkpointing, which keeps
+    the residual stream before each layer, and one layer's activations while that layer is recomputed.
     """
     layers = [_floats_per_token(config, kind) for kind in config.pattern]
     kept = config.hidden_size * len(layers) + max(layers) if recompute else sum(layers)

@@ -24,13 +24,14 @@ def adamw(model: nn.Module, config: LoopConfig) -> Optimizer:
 def decay_groups(model: nn.Module, decay_embeddings: bool = True) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(decayed, not decayed) trainable parameters, each once.
 
-    Never decayed: norms, biases and all other vectors, and Mamba's A_log, D and dt_bias, whose time scales it would move
-    (arXiv 2504.03624). Embeddings on request, and with them an output head tied to them.
+    Never decayed: norms, biases and all other vectors, and Mamba's A_log, D and dt_bias, whose time scales it would
+    move (arXiv 2504.03624). Embeddings on request, and with them an output head tied to them.
     """
     embeddings = (
         {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} if not decay_embeddings else set()
     )
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY or id(parameter) in embeddings

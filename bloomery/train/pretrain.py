@@ -1,6 +1,5 @@
 """Stage `pretrain`: next-token training on the blended rows of stage `blend`, from seeded weights or from a model."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,17 +20,18 @@ from bloomery.model import hf
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
 from bloomery.progress import say
+from bloomery.train.loop import LoopConfig, TrainState
 from bloomery.train.losses import next_token
-from bloomery.train.loop import LoopConfig, TrainState, computes_in_bf16
 from bloomery.train.memory import activation_bytes, state_bytes
 from bloomery.train.optim import adamw
 from bloomery.train.run import default_device, resumable
+from bloomery.train.validation import validation_losses
 
 
 class NewModel(ModelConfig):
     """A model to be made. What is left out of the vocabulary comes from the tokenizer of the tokens."""
 
-    vocab_size: int = Field(default=0, ge=0, description="rows of the embedding table; 0: as many as the tokenizer has tokens")
+    vocab_size: int = Field(default=0, ge=0, description="rows of the embedding table; 0: as many as there are tokens")
 
     def _check_tokens(self) -> None:
         if self.vocab_size:
@@ -43,7 +43,9 @@ class PretrainConfig(Config):
 
     tokens: DatasetDir = Field(description="folder written by stage blend")
     model: NewModel | None = Field(default=None, description="the model to make (give this or init)")
-    init: ModelDir | None = Field(default=None, description="the model to go on from, with a fresh optimizer (give this or model)")
+    init: ModelDir | None = Field(
+        default=None, description="the model to go on from, with a fresh optimizer (give this or model)"
+    )
     loop: LoopConfig = Field(description="how to train")
     validation_rows: int = Field(default=64, ge=0, description="held-out rows of each source to validate on; 0: none")
     seed: int = Field(default=0, description="seed of the initial weights")
@@ -56,9 +58,9 @@ class PretrainConfig(Config):
 
 
 def check(config: PretrainConfig) -> dict[str, Any]:
-    """Size, memory, work and data of the run, without making the model. Raises what `run` would refuse before it starts.
+    """Size, memory, work and data of the run, without making the model; raises what `run` would refuse at its start.
 
-    Where the tokens do not exist yet, what depends on them is left out.
+    Where the tokens do not exist yet, rows are taken to be as long as the model allows, or sizes are left out.
     """
     loop = config.loop
     built = (Path(config.tokens) / artifact.MANIFEST).is_file()
@@ -109,27 +111,10 @@ def _train(state: TrainState, rows: BlendedRows, config: PretrainConfig, output:
     objective = partial(next_token, sources=rows.names)
     for step in resumable(output, state, batches_from, objective, loop):
         due = loop.validate_every_steps and step.step % loop.validate_every_steps == 0
-        if due or step.step == loop.max_steps:
-            losses = validate(state.model, rows, config)
-            if losses:
-                output.metrics.log(step.step, **losses)
+        if config.validation_rows and (due or step.step == loop.max_steps):
+            held_out = rows.validation(loop.micro_batch_size, config.validation_rows)
+            output.metrics.log(step.step, **validation_losses(state.model, held_out, rows.names, loop))
     rows.ledger.verify(rows.plan, first, state.position)
-
-
-@torch.no_grad()
-def validate(model: torch.nn.Module, rows: BlendedRows, config: PretrainConfig) -> dict[str, float]:
-    """`validation_loss` over all held-out tokens and `validation_loss/{source}`, in nats per token; empty without any."""
-    model.eval()
-    device = next(model.parameters()).device
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    batches = rows.validation(config.loop.micro_batch_size, config.validation_rows) if config.validation_rows else ()
-    with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(config.loop, model, device)):
-        for batch in batches:
-            loss = next_token(model, {name: value.to(device) for name, value in batch.items()}, sources=rows.names)
-            for name, (total, weight) in {"loss": (loss.sum, loss.weight), **loss.metrics}.items():
-                sums[name][0] += float(total)
-                sums[name][1] += float(weight)
-    return {f"validation_{name}": total / weight for name, (total, weight) in sums.items() if weight}
 
 
 def _tokenizer(config: PretrainConfig) -> Tokenizer:
@@ -155,8 +140,8 @@ def _model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _check_vocabulary(where: str, size: int, config: PretrainConfig, tokenizer: Tokenizer) -> None:
     if size < tokenizer.vocab_size:
         raise ConfigError(
-            f"{where}: the model has room for {size} tokens, the tokenizer of {config.tokens} has {tokenizer.vocab_size}; "
-            "give the model at least as many, or blend with the model's own tokenizer"
+            f"{where}: the model has room for {size} tokens, the tokenizer of {config.tokens} has "
+            f"{tokenizer.vocab_size}; give the model at least as many, or blend with the model's own tokenizer"
         )
 
 
@@ -182,8 +167,8 @@ def _checked_rows(config: PretrainConfig, model: ModelConfig) -> BlendedRows:
         )
     if rows.seq_len > model.max_position_embeddings:
         raise ConfigError(
-            f"model.max_position_embeddings: {model.max_position_embeddings} is less than the {rows.seq_len} positions of a "
-            f"row of {config.tokens}; raise it, or blend with a smaller seq_len"
+            f"model.max_position_embeddings: {model.max_position_embeddings} is less than the {rows.seq_len} positions "
+            f"of a row of {config.tokens}; raise it, or blend with a smaller seq_len"
         )
     return rows
 

@@ -29,7 +29,7 @@ def resumable(
     config: LoopConfig,
     headline: str = "loss",
 ) -> Iterator[Step]:
-    """`steps`, going on from the newest checkpoint in `output` and leaving new ones, a row of metrics per step and a bar.
+    """`steps`, going on from the newest checkpoint in `output`, leaving new ones, a row of metrics per step and a bar.
 
     batches_from: position → batches; called once, after `state` is restored, so it may use `state.extra`.
     headline: the metric beside the bar.

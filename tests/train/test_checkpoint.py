@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit; what is torn, damaged or refused by the disk costs nothing that was finished."""
+"""What is saved comes back bit for bit; what is torn, damaged or refused by the disk costs no finished work."""
 
 import os
 import resource
@@ -11,9 +11,10 @@ from tiny_training import loop, new_state, stream
 from bloomery import artifact
 from bloomery.errors import ArtifactError
 from bloomery.train.checkpoint import Checkpoints
-from bloomery.train.losses import next_token
 from bloomery.train.loop import steps
+from bloomery.train.losses import next_token
 
+NO_CHECKSUMS = "incomplete, checksums.json is missing or damaged"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
@@ -37,7 +38,7 @@ def folders(path):
     return sorted(p.name for p in path.iterdir())
 
 
-@pytest.fixture()
+@pytest.fixture
 def saved(tmp_path):
     """Checkpoints after steps 2, 4 and 6, of which two are kept; and the state after 6."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -98,8 +99,11 @@ def _flip_a_bit(folder):
     [
         (_truncate, "damaged, the content of __0_0.distcp has changed"),
         (_flip_a_bit, "damaged, the content of __0_0.distcp has changed"),
-        (lambda folder: (folder / "checksums.json").unlink(), "incomplete, checksums.json is missing or damaged"),
-        (lambda folder: (folder / "checksums.json").write_text("{"), "incomplete, checksums.json is missing or damaged"),
+        (lambda folder: (folder / "checksums.json").unlink(), NO_CHECKSUMS),
+        (
+            lambda folder: (folder / "checksums.json").write_text("{"),
+            NO_CHECKSUMS,
+        ),
         (lambda folder: (folder / "state.json").unlink(), "incomplete, state.json is missing"),
     ],
     ids=["truncated", "bit flipped", "no checksums", "torn checksums", "no state"],
@@ -133,11 +137,11 @@ def test_another_model_is_refused(saved, tmp_path):
     checkpoints, _ = saved
     state = new_state(loop())
     state.model.extra_layer = torch.nn.Linear(2, 2)
-    with pytest.raises(ArtifactError, match=r"step-00000006: does not fit this model: .*extra_layer.*remove the stage's folder"):
+    with pytest.raises(ArtifactError, match=r"06: does not fit this model: .*extra_layer.*remove the stage's folder"):
         checkpoints.load_latest(state)
 
 
-@pytest.fixture()
+@pytest.fixture
 def full_disk():
     """No file may grow beyond 2 kB: writing fails as on a full disk, inside the real write."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

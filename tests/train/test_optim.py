@@ -12,9 +12,9 @@ from bloomery.train.optim import adamw, decay_groups
 def hybrid() -> Decoder:
     return Decoder(
         ModelConfig(
-            pattern="M*-E", vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=8, mamba_num_heads=2, mamba_head_dim=8, ssm_state_size=8, n_routed_experts=2, num_experts_per_tok=1,
-            moe_intermediate_size=8, attention_bias=True, mlp_bias=True,
+            pattern="M*-E", vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, mamba_num_heads=2, mamba_head_dim=8, ssm_state_size=8,
+            n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, attention_bias=True, mlp_bias=True,
         )
     )  # fmt: skip
 

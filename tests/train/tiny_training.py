@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bloomery.artifact import Output
 from bloomery.config import Config, Field
-from bloomery.train.losses import next_token
 from bloomery.train.loop import LoopConfig, TrainState
+from bloomery.train.losses import next_token
 from bloomery.train.optim import adamw
 from bloomery.train.run import resumable
 
