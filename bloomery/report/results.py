@@ -18,6 +18,8 @@ from bloomery.report import quantities
 from bloomery.report.run import Run, Stage, read_run
 
 REPORT, SAMPLES = "report.json", "samples.parquet"
+ALL = "all"
+"""The task that an evaluation of several sources reports over all of them."""
 _ORDER = ("avg", "pass", "maj", "accuracy", "tokens")
 _DRAWS = 2_000
 
@@ -51,6 +53,9 @@ class Evaluation:
         if self.samples is not None:
             for row in self.samples.select(["task", "id", "score", "tokens"]).to_pylist():
                 found.setdefault(row["task"], {}).setdefault(row["id"], []).append((row["score"], row["tokens"]))
+        if len(found) > 1:
+            everything = {f"{task}/{name}": each for task, part in found.items() for name, each in part.items()}
+            found.setdefault(ALL, everything)
         return found
 
 

@@ -116,3 +116,20 @@ def test_samples_show_every_outcome_and_the_same_problem_across_models(life):
     assert [answer.outcome for answer in shown["a"].answers] == ["right", "right", "unjudged"]
     assert [answer.completion for answer in shown["c"].answers] == ["before 0", "after 0"]
     assert {answer.outcome for answer in shown["e"].answers} == {"wrong"}
+
+
+def test_the_task_over_all_sources_is_paired_too(tmp_path):
+    life = LifeOnDisk(tmp_path / "run")
+    for model, scores in (("sft", [0.0, 1.0]), ("rl", [1.0, 1.0])):
+        life.stage(model, "sft", "model", ["sft"] if model == "rl" else [])
+        folder = life.stage(f"eval-{model}", "evaluate", "evaluation", [model])
+        rows = [report("avg@1", sum(scores) / 2) | {"task": task} for task in ("all", "sums", "facts")]
+        (folder / "report.json").write_text(json.dumps(rows))
+        samples = [
+            {"task": task, "id": "0", "score": score, "tokens": 5}
+            for task, score in zip(("sums", "facts"), scores, strict=True)
+        ]
+        pq.write_table(pa.Table.from_pylist(samples), folder / "samples.parquet")
+    (table, *_) = tables(evaluations(read_run(life.path)))
+    change = table.rows[1].cells[0].change
+    assert (table.task, change.effect, change.n) == ("all", 0.5, 2)
