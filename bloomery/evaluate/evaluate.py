@@ -16,7 +16,7 @@ from bloomery.data.chat import stop_token_ids
 from bloomery.data.document import Drops
 from bloomery.data.prompts import Prompt, load_prompts
 from bloomery.data.tokenizer import Tokenizer
-from bloomery.errors import ArtifactError, BloomeryError, ConfigError
+from bloomery.errors import ArtifactError, BloomeryError
 from bloomery.evaluate.scoring import Answer, answer_all, choose, metrics, report_rows
 from bloomery.generate import Engine, SamplingParams
 from bloomery.model import hf
@@ -94,13 +94,7 @@ def check(config: EvaluateConfig) -> dict[str, Any]:
 
 def _problems(config: EvaluateConfig) -> tuple[ModelFolder, list[Prompt], Drops]:
     start, drops = open_model(config.model), Drops()
-    room = start.config.max_position_embeddings - config.max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in the model's context of "
-            f"{start.config.max_position_embeddings}; choose less"
-        )
-    prompts = load_prompts(config.prompts, start.tokenizer, room, drops)
+    prompts = load_prompts(config.prompts, start.tokenizer, start.room(config.max_new_tokens), drops)
     return start, choose(prompts, config.max_problems, config.seed), drops
 
 

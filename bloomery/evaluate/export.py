@@ -89,7 +89,7 @@ def _compare(
 
 def _chats(config: ExportConfig, start: ModelFolder) -> list[Sequence[Message]]:
     """The chats to compare on: the first that leave room for the text compared."""
-    room = start.config.max_position_embeddings - config.max_new_tokens
+    room = start.room(config.max_new_tokens)
     found: list[Sequence[Message]] = [[{"role": "user", "content": text}] for text in _SENTENCES]
     if config.prompts is not None:
         found = [row["prompt"] for row in read_rows(config.prompts, "prompts")]

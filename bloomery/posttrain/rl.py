@@ -19,7 +19,7 @@ from bloomery.data.chat import stop_token_ids
 from bloomery.data.document import Drops
 from bloomery.data.pack import Batch
 from bloomery.data.prompts import Prompt, load_prompts
-from bloomery.errors import ArtifactError, ConfigError
+from bloomery.errors import ArtifactError
 from bloomery.generate import Engine, SamplingParams
 from bloomery.model import hf
 from bloomery.model.decoder import Decoder
@@ -108,13 +108,7 @@ def run(config: RLConfig, out: Path) -> Manifest:
 
 
 def _load_prompts(config: RLConfig, start: ModelFolder, drops: Drops) -> list[Prompt]:
-    room = start.config.max_position_embeddings - config.max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in the model's context of "
-            f"{start.config.max_position_embeddings}; choose less"
-        )
-    return load_prompts(config.prompts, start.tokenizer, room, drops)
+    return load_prompts(config.prompts, start.tokenizer, start.room(config.max_new_tokens), drops)
 
 
 def _sampler(

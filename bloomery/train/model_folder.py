@@ -25,6 +25,16 @@ class ModelFolder:
         found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return found or 0
 
+    def room(self, max_new_tokens: int) -> int:
+        """Tokens of the context that completions of this length leave for a prompt. Raises `ConfigError` for none."""
+        left = self.config.max_position_embeddings - max_new_tokens
+        if left < 1:
+            raise ConfigError(
+                f"max_new_tokens: {max_new_tokens} leaves no room for a prompt in the model's context of "
+                f"{self.config.max_position_embeddings}; choose less"
+            )
+        return left
+
 
 def open_model(path: Path) -> ModelFolder:
     """The folder that a config names as its model; no weights are read yet.
