@@ -26,6 +26,7 @@ MANIFEST, CONFIG, METRICS, MODEL, DATA, CHECKPOINTS = (
     "manifest.json", "config.yaml", "metrics.jsonl", "model", "data", "checkpoints",
 )  # fmt: skip
 STATE, SECONDS = ".state.json", ".seconds"
+REPORT, SAMPLES = "report.json", "samples.parquet"
 DATASET_KINDS = ("documents", "tokens", "messages", "preferences", "prompts", "traces")
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pydantic import model_validator
 
 from bloomery import artifact
-from bloomery.artifact import Manifest, Output
+from bloomery.artifact import REPORT, SAMPLES, Manifest, Output
 from bloomery.config import RUN_ONLY, Config, DatasetDir, Field, ModelDir
 from bloomery.data.chat import stop_token_ids
 from bloomery.data.document import Drops
@@ -24,7 +24,6 @@ from bloomery.train.model_folder import ModelFolder, open_model
 from bloomery.train.run import default_device
 from bloomery.verify import Pool, self_test
 
-REPORT, SAMPLES = "report.json", "samples.parquet"
 SCHEMA = pa.schema([
     ("task", pa.string()), ("id", pa.string()), ("source", pa.string()),
     ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),

@@ -28,6 +28,8 @@ _REST = (
     Panel("Answer length", "tokens", ("length", "completion_tokens", "response_length", "mean_length")),
     Panel("Gradient norm", "", ("grad_norm", "gradient_norm")),
     Panel("Learning rate", "", ("learning_rate",)),
+    Panel("Verdicts", "share of samples", ("status", "truncated")),
+    Panel("Groups without signal", "share", ("groups_all_wrong", "groups_all_right")),
 )
 PANELS = (Panel("Loss", "nats per token", ("loss", "validation_loss", "train_loss")), _REWARD, *_REST)
 REWARDED = (_REWARD, *_REST, Panel("Policy loss", "", ("loss",)))

@@ -1,7 +1,7 @@
 """What a stage's folder says for itself: sizes of its model, rows of its data, headline numbers of its summary."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,24 @@ def _grid(records: Mapping[str, Mapping[str, Any]]) -> Grid:
     )  # fmt: skip
     rows = ((row, *(quantities.quantity(name, cells.get(name)) for name in names)) for row, cells in records.items())
     return Grid(tuple(quantities.words(name) for name in names), tuple(rows))
+
+
+def planned_and_read(stage: Stage, sources: Iterable[Stage]) -> list[tuple[str, Grid]]:
+    """What a training stage read of each source beside what the blend it read had planned; empty for other stages."""
+    read = stage.summary.get("sequences")
+    blends = [s.summary["sources"] for s in sources if s.product == "tokens" and "sources" in s.summary]
+    if not isinstance(read, Mapping) or not blends:
+        return []
+    planned = {name: blends[0].get(name, {}).get("training_sequences", 0) for name in read}
+    totals = [max(1, sum(counts.values())) for counts in (planned, read)]
+    rows = tuple(
+        (
+            name, quantities.grouped(planned[name]), quantities.percent(planned[name] / totals[0]),
+            quantities.grouped(read[name]), quantities.percent(read[name] / totals[1]),
+        )
+        for name in read
+    )  # fmt: skip
+    return [("sequences read", Grid(("planned", "share", "read", "share"), rows))]
 
 
 def data_tables(stage: Stage) -> list[tuple[str, Grid]]:

@@ -44,7 +44,7 @@ def render(run: Run) -> str:
         pictures={name: made for name, made in pictures.items() if made},
         curve_data=_curve_data(pictures),
         problems=samples.problems(found),
-        data={stage.name: tables for stage in run.stages if (tables := facts.data_tables(stage))},
+        data={stage.name: tables for stage in run.stages if (tables := _data_tables(run, stage))},
         models=[size for stage in run.stages if (size := facts.model_size(stage))],
         summary_rows=facts.summary_rows,
         summary_tables=facts.summary_tables,
@@ -83,6 +83,10 @@ def _overview(run: Run) -> dict[str, Any]:
         ),
         "model": sizes[0] if sizes else None,
     }
+
+
+def _data_tables(run: Run, stage: Stage) -> list[tuple[str, facts.Grid]]:
+    return facts.data_tables(stage) + facts.planned_and_read(stage, map(run.stage, stage.sources))
 
 
 def _progress(stage: Stage) -> str:

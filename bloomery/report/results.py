@@ -17,7 +17,6 @@ from bloomery.evaluate.statistics import Difference
 from bloomery.report import quantities
 from bloomery.report.run import Run, Stage, read_run
 
-REPORT, SAMPLES = "report.json", "samples.parquet"
 ALL = "all"
 """The task that an evaluation of several sources reports over all of them."""
 _ORDER = ("avg", "pass", "maj", "accuracy", "tokens")
@@ -34,7 +33,7 @@ class Evaluation:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """`report.json`: task, version, metric, value, stderr, n."""
-        file = self.stage.path / REPORT
+        file = self.stage.path / artifact.REPORT
         rows = artifact.read_json(file)
         if not isinstance(rows, list) or not all(isinstance(r, dict) and {"task", "metric"} <= r.keys() for r in rows):
             raise ArtifactError(f"{file}: expected a list of {{task, metric, value, …}}; evaluate the model again")
@@ -43,7 +42,7 @@ class Evaluation:
     @cached_property
     def samples(self) -> pa.Table | None:
         """`samples.parquet`, where it was kept."""
-        file = self.stage.path / SAMPLES
+        file = self.stage.path / artifact.SAMPLES
         return pq.read_table(file) if file.is_file() else None
 
     @cached_property
@@ -133,7 +132,7 @@ class Table:
 def evaluations(run: Run) -> list[Evaluation]:
     """Finished evaluations, in the order in which their models came to be."""
     position = {stage.name: index for index, stage in enumerate(run.stages)}
-    found = [Evaluation(_judged(run, stage), stage) for stage in run.finished if (stage.path / REPORT).is_file()]
+    found = [Evaluation(_judged(run, stage), stage) for stage in run.finished if (stage.path / artifact.REPORT).is_file()]
     return sorted(found, key=lambda each: (position.get(each.model, len(position)), position[each.stage.name]))
 
 
