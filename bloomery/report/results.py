@@ -132,7 +132,8 @@ class Table:
 def evaluations(run: Run) -> list[Evaluation]:
     """Finished evaluations, in the order in which their models came to be."""
     position = {stage.name: index for index, stage in enumerate(run.stages)}
-    found = [Evaluation(_judged(run, stage), stage) for stage in run.finished if (stage.path / artifact.REPORT).is_file()]
+    stages = [stage for stage in run.finished if (stage.path / artifact.REPORT).is_file()]
+    found = [Evaluation(_judged(run, stage), stage) for stage in stages]
     return sorted(found, key=lambda each: (position.get(each.model, len(position)), position[each.stage.name]))
 
 
