@@ -16,7 +16,9 @@ DOCS = HERE.parent / "docs"
 
 
 def main(names: list[str]) -> None:
-    chosen = names or sorted(file.stem for file in HERE.glob("*.py") if "def main(" in file.read_text() and file.stem[0] != "_")
+    chosen = names or sorted(
+        file.stem for file in HERE.glob("*.py") if file.stem not in ("peers",) and file.stem[0] != "_"
+    )
     figures = {figure["name"]: figure for figure in _previous()}
     for name in chosen:
         load = os.getloadavg()[0]
@@ -27,7 +29,8 @@ def main(names: list[str]) -> None:
 
 
 def _measure(name: str) -> list[dict[str, object]]:
-    output = subprocess.run([sys.executable, "-m", f"bench.{name}"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    command = [sys.executable, "-m", f"bench.{name}"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     print(output, end="", flush=True)
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
@@ -38,22 +41,32 @@ def _previous() -> list[dict[str, object]]:
 
 
 def _machine() -> str:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return f"{model or platform.processor()}, {os.cpu_count()} cores"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    return f"{model}, {os.cpu_count()} cores"
+
+
+INTRODUCTION = """# Benchmarks
+
+Both sides run in one go on the same machine, alternating, one thread pinned where it matters; each figure is a median.
+A ratio above 1 means bloomery is better. `make bench` measures them again.
+
+Machine: {machine}
+
+| figure | ours | peer | unit | ratio | spread | date | load before |
+|---|---|---|---|---|---|---|---|
+"""
 
 
 def _write(figures: list[dict[str, object]]) -> None:
     (DOCS / "benchmarks.json").write_text(json.dumps(figures, indent=2) + "\n")
     rows = "".join(
-        f"| `{f['name']}` | {f['ours']:,.4g} | {f['peer']:,.4g} | {f['unit']} | **{f['ratio']:.2f}×** | {f['spread']} | {f['date']} | {f['load_before']} |\n"
+        "| `{name}` | {ours:,.4g} | {peer:,.4g} | {unit} | **{ratio:.2f}×** | {spread} | {date} | {load_before} |\n".format(
+            **f
+        )
         for f in figures
-    )  # fmt: skip
-    (DOCS / "benchmarks.md").write_text(
-        "# Benchmarks\n\nBoth sides run in one process or one session on the same machine, alternating, one thread pinned where it "
-        "matters; the figure is the median. A ratio above 1 means bloomery is better. `make bench` measures them again.\n\n"
-        f"Machine: {figures[-1]['machine'] if figures else ''}\n\n"
-        "| figure | ours | peer | unit | ratio | spread | date | load before |\n|---|---|---|---|---|---|---|---|\n" + rows
     )
+    (DOCS / "benchmarks.md").write_text(INTRODUCTION.format(machine=figures[-1]["machine"] if figures else "") + rows)
 
 
 if __name__ == "__main__":

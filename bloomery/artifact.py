@@ -53,7 +53,9 @@ class Output:
 
     def __init__(self, path: Path, stage: str, config: Config):
         self.path, self.stage, self.config = Path(path), stage, config
-        self.digests = {name: digest(resolve(value, kind)) for name, (kind, value) in configs.inputs(config).items()}
+        self.digests = {
+            name: digest(resolve(value, kind), kind) for name, (kind, value) in configs.inputs(config).items()
+        }
         self.key = key(stage, config, self.digests)
         self.metrics = Metrics(self.path / METRICS)
         self.model, self.data, self.checkpoints = (self.path / name for name in (MODEL, DATA, CHECKPOINTS))
@@ -186,14 +188,16 @@ def key(stage: str, config: Config, digests: dict[str, str]) -> str:
 
 
 def resolve(path: Path, kind: str) -> Path:
-    """The folder of an input as given in a config, checked. `kind` is `model`, `dataset` or `tokenizer`.
+    """The folder of an input as given in a config, checked. `kind` is `model`, `dataset`, `tokenizer` or `raw`.
 
     A stage's folder stands for its product: `runs/tiny/sft` means `runs/tiny/sft/model` where a model is asked for.
     Foreign folders (a Hugging Face model, a folder of Parquet files) are taken as they are.
     """
     path = Path(path)
+    if kind == "raw" and path.exists():
+        return path
     if not path.is_dir():
-        raise ArtifactError(f"{path}: no such folder; expected a {kind}")
+        raise ArtifactError(f"{path}: no such {'file or folder' if kind == 'raw' else f'folder; expected a {kind}'}")
     manifest = read_manifest(path, missing_ok=True)
     if manifest is None and (path / CONFIG).exists():
         raise ArtifactError(
@@ -241,8 +245,15 @@ def require_kind(path: Path, *kinds: str) -> None:
         raise ArtifactError(f"{path}: holds {manifest.kind}, expected {' or '.join(kinds)}")
 
 
-def digest(path: Path) -> str:
-    """Identity of an input folder: its manifest's key where there is one, else a hash of names and contents."""
+def digest(path: Path, kind: str) -> str:
+    """Identity of an input: a finished stage's key, else a hash of names and contents.
+
+    Raw input may be larger than one would read twice: there, sizes and times of change stand for the contents.
+    """
+    if kind == "raw":
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.blake2b(json.dumps(stats).encode(), digest_size=16).hexdigest()
     for folder in (path, path.parent):
         manifest = read_manifest(folder, missing_ok=True)
         if manifest is not None:

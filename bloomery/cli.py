@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from bloomery import config as configs
@@ -137,12 +138,15 @@ def _reference(cls: type[configs.Config], prefix: str = "") -> list[str]:
     lines = []
     for name, field in cls.model_fields.items():
         nested = list(configs.models_in(field.annotation))
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        shown = "" if nested else f" [{default}]"
+        shown = "" if nested else f" [{'required' if field.is_required() else _default(field)}]"
         lines.append(f"{prefix}{name}: {field.description or ''}{shown}")
         for model in nested:
             lines += _reference(model, f"{prefix}{name}.")
     return lines
+
+
+def _default(field: FieldInfo) -> str:
+    return "follows other settings" if field.default_factory_takes_validated_data else repr(field.get_default())
 
 
 def _stage_verb(stage: str) -> Any:

@@ -30,6 +30,7 @@ class Input:
 ModelDir = Annotated[Path, Input("model")]
 DatasetDir = Annotated[Path, Input("dataset")]
 TokenizerDir = Annotated[Path, Input("tokenizer")]
+RawPath = Annotated[Path, Input("raw")]
 
 RUN_ONLY: dict[str, Any] = {"run_only": True}
 """`Field(json_schema_extra=RUN_ONLY)`: changes how a stage runs, never what it produces; not part of its key."""
@@ -251,6 +252,6 @@ def _is_run_only(field: FieldInfo) -> bool:
 
 
 __all__ = [
-    "RUN_ONLY", "Config", "DatasetDir", "Field", "Input", "ModelDir", "TokenizerDir", "apply_overrides", "build",
-    "dump", "identity", "inputs", "load", "parse_yaml", "read_yaml", "to_yaml",
+    "RUN_ONLY", "Config", "DatasetDir", "Field", "Input", "ModelDir", "RawPath", "TokenizerDir",
+    "apply_overrides", "build", "dump", "identity", "inputs", "load", "parse_yaml", "read_yaml", "to_yaml",
 ]  # fmt: skip

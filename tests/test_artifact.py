@@ -144,3 +144,14 @@ def test_seconds_add_up_over_attempts(tmp_path, monkeypatch):
         pass
     with Output(tmp_path / "a", "toy", Settings()) as output:
         assert output.finish("documents").seconds == 12.0
+
+
+def test_raw_input_counts_by_size_and_time_of_change(tmp_path):
+    file = tmp_path / "raw.txt"
+    file.write_text("one")
+    before = artifact.digest(artifact.resolve(file, "raw"), "raw")
+    assert before == artifact.digest(file, "raw")
+    os.utime(file, (1, 1))
+    assert before != artifact.digest(file, "raw")
+    with pytest.raises(ArtifactError, match="no such file or folder"):
+        artifact.resolve(tmp_path / "lost.txt", "raw")

@@ -2,10 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from bloomery.config import Config, Field
+from bloomery.config import Config, Field, RawPath
 from bloomery.data import read
 from bloomery.data.dataset import text_of
 from bloomery.data.document import Document
@@ -46,7 +45,7 @@ class TextSource(Source):
     """Text files."""
 
     type: Literal["text"] = "text"
-    path: Path = Field(description="file or folder")
+    path: RawPath = Field(description="file or folder")
     pattern: str = Field(default="**/*.txt", description="files of a folder that are read")
     separator: str | None = Field(
         default=None, description="text between two documents of a file; each file is one where not given"
@@ -82,7 +81,7 @@ class JsonlSource(RowSource):
     """JSONL files."""
 
     type: Literal["jsonl"] = "jsonl"
-    path: Path = Field(description="file or folder")
+    path: RawPath = Field(description="file or folder")
     pattern: str = Field(default="**/*.jsonl", description="files of a folder that are read")
 
     def rows(self, invalid: read.Invalid) -> Iterator[read.Located]:
@@ -94,7 +93,7 @@ class ParquetSource(RowSource):
     """Parquet files."""
 
     type: Literal["parquet"] = "parquet"
-    path: Path = Field(description="file or folder")
+    path: RawPath = Field(description="file or folder")
     pattern: str = Field(default="**/*.parquet", description="files of a folder that are read")
 
     def rows(self, invalid: read.Invalid) -> Iterator[read.Located]:

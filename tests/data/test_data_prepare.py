@@ -116,7 +116,7 @@ def test_an_empty_result_says_which_filter_dropped_what(tmp_path):
             "nowhere: no such file or folder",
         ),
         (
-            {"type": "text", "name": "a", "path": "x"},
+            {"type": "text", "name": "a", "path": "."},
             "messages",
             ConfigError,
             "plain text gives documents, not messages",
