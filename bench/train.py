@@ -1,7 +1,8 @@
 """A training step (forward, backward, clip-free AdamW) against transformers' classes in a plain loop.
 
-Same weights, same tokens, same dtype (float32), one thread. The peer computes its loss with `labels=` and steps
-`torch.optim.AdamW` at its defaults; its scan runs at whichever chunk length is fastest for it.
+Same weights, same tokens, same dtype (float32), one thread, CPU seconds (so that a busy machine disturbs less). The
+peer computes its loss with `labels=` and steps `torch.optim.AdamW` at its defaults; its scan runs at whichever chunk
+length is fastest for it.
 `python -m bench.train [--quick]` prints one JSON line per figure: tokens per second, ratio above 1 means we are faster.
 """
 
@@ -78,10 +79,10 @@ def best_chunk(model: torch.nn.Module, tokens: torch.Tensor) -> int:
 
     def seconds(chunk: int) -> float:
         set_chunk(model, chunk)
-        start = time.perf_counter()
+        start = time.process_time()
         model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss.backward()
         model.zero_grad()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(PEER_CHUNKS[0])
     return min(PEER_CHUNKS, key=seconds)
@@ -102,10 +103,10 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
     for repeat in range(repeats + 1):
         for side, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
             if repeat:  # the first is warm-up
-                seconds[side].append(time.perf_counter() - start)
+                seconds[side].append(time.process_time() - start)
     rates = {side: BATCH * SEQ / statistics.median(values) for side, values in seconds.items()}
     ratios = [peer / ours for ours, peer in zip(seconds["ours"], seconds["peer"], strict=True)]
     return {

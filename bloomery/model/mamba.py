@@ -73,7 +73,7 @@ class Mamba(nn.Module):
         return self.out_proj(self.norm(y.flatten(1), z))
 
     def _conv_step(self, new: Tensor, held: Tensor) -> Tensor:
-        """SiLU of the convolution at one new column (batch, channels); `held` (batch, K − 1, channels) moves on by it."""
+        """SiLU of the convolution at one new column (batch, channels); `held` (batch, K − 1, channels) moves on."""
         taps = self.conv1d.weight[:, 0].T.contiguous()
         bias = self.conv1d.bias
         mixed = new * taps[-1] if bias is None else torch.addcmul(bias, new, taps[-1])

@@ -11,6 +11,8 @@ from bloomery.model import activation
 from bloomery.model.config import ModelConfig
 from bloomery.model.layers import MLP
 
+_ALIGNED_BYTES = 16
+
 
 class Router(nn.Module):
     """Which experts a token goes to, and with what weight."""
@@ -62,10 +64,13 @@ class Experts(nn.Module):
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows up to ends[e] (after those of e − 1) times weight[e]ᵀ, one grouped product."""
+    """Rows up to ends[e] (after those of e − 1) times weight[e]ᵀ: one grouped product where sizes suit its kernel."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    if any(size * x.element_size() % _ALIGNED_BYTES for size in weight.shape[1:]):
+        rows = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        return torch.cat([F.linear(part, matrix) for part, matrix in zip(x.split(rows), weight, strict=True)])
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 

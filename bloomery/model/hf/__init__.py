@@ -175,7 +175,7 @@ def _stored(decoder: Decoder, dtype: torch.dtype) -> dict[str, Tensor]:
             continue
         stored = own.detach().to("cpu", torch.float32 if name.endswith("e_score_correction_bias") else dtype)
         parts = _file_names(decoder.config, name, own)
-        pieces = [stored] if len(parts) == 1 else [expert.clone() for expert in stored]
+        pieces = [stored.clone()] if len(parts) == 1 else [expert.clone() for expert in stored]
         tensors.update(zip(parts, pieces, strict=True))
     return tensors
 
