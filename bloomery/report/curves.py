@@ -10,30 +10,46 @@ from bloomery.report.run import Stage
 
 MAX_POINTS = 1_000
 _SMOOTH_FROM = 40
+_FEW = 2
 _NOT_CURVES = {"step", "tokens", "seconds", "position", "time", "epoch"}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Which series share a picture: these names, and names that start with one of them and `/`."""
+    """Which series share a picture: those of these names, and the parts `name/part` of a name in `parts_of`."""
 
     title: str
     unit: str
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    parts_of: tuple[str, ...] = ()
+
+    def holds(self, name: str) -> bool:
+        """Whether a series of this name belongs here."""
+        return name in self.names or any(name.startswith(f"{whole}/") for whole in self.parts_of)
 
 
-_REWARD = Panel("Reward and accuracy", "share", ("reward", "accuracy", "validation_accuracy", "score"))
+_REWARD = Panel("Reward and accuracy", "share", ("reward", "accuracy", "validation_accuracy"))
 _REST = (
+    Panel("Accuracy by source", "share", parts_of=("accuracy",)),
     Panel("Entropy", "nats per token", ("entropy",)),
-    Panel("Answer length", "tokens", ("length", "completion_tokens", "response_length", "mean_length")),
-    Panel("Gradient norm", "", ("grad_norm", "gradient_norm")),
+    Panel("Answer length", "tokens", ("completion_tokens", "length"), ("completion_tokens", "length")),
+    Panel("Gradient norm", "", ("grad_norm",)),
     Panel("Learning rate", "", ("learning_rate",)),
-    Panel("Verdicts", "share of samples", ("status", "truncated")),
-    Panel("Groups without signal", "share", ("groups_all_wrong", "groups_all_right")),
+    Panel("Verdicts", "share of samples", ("truncated",), ("status",)),
+    Panel("Groups without signal", "share of groups", ("groups_all_wrong", "groups_all_right")),
 )
-PANELS = (Panel("Loss", "nats per token", ("loss", "validation_loss", "train_loss")), _REWARD, *_REST)
+PANELS = (
+    Panel("Loss", "nats per token", ("loss", "validation_loss")),
+    Panel("Loss by source", "nats per token", parts_of=("loss",)),
+    Panel("Validation loss by source", "nats per token", parts_of=("validation_loss",)),
+    _REWARD,
+    *_REST,
+)
 REWARDED = (_REWARD, *_REST, Panel("Policy loss", "", ("loss",)))
 """With a reward, that is the question, and the loss is only a surrogate whose value says little."""
+
+Series = dict[str, tuple[list[int], list[float]]]
+"""Name → (steps, values)."""
 
 
 @dataclass(frozen=True)
@@ -49,65 +65,72 @@ class Picture:
 
 
 def pictures(stage: Stage) -> list[Picture]:
-    """Known panels first, then every other series on its own."""
+    """Known panels first, then every other series on its own. A panel of parts needs two of them to say anything."""
     series = _series(stage)
-    panels = REWARDED if any(_belongs(name, _REWARD) for name in series) else PANELS
-    groups = {panel: {name: points for name, points in series.items() if _belongs(name, panel)} for panel in panels}
+    panels = REWARDED if any(_REWARD.holds(name) for name in series) else PANELS
+    groups = {panel: {name: points for name, points in series.items() if panel.holds(name)} for panel in panels}
     rest = sorted(series.keys() - {name for group in groups.values() for name in group})
     singles = {Panel(quantities.words(name).capitalize(), "", (name,)): {name: series[name]} for name in rest}
-    main = [_picture(stage, panel, group, True) for panel, group in groups.items() if group]
-    return main + [_picture(stage, panel, single, False) for panel, single in singles.items()]
+    main = [
+        _picture(stage, panel, group, True)
+        for panel, group in groups.items()
+        if _is_curve(group) and (panel.names or len(group) > 1)
+    ]
+    return main + [_picture(stage, panel, single, False) for panel, single in singles.items() if _is_curve(single)]
 
 
-def _series(stage: Stage) -> dict[str, tuple[list[int], list[float]]]:
-    """Every numeric series with at least two finite points, in order of appearance; throughput is added."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
+def _is_curve(group: Series) -> bool:
+    """At least one series has a second point."""
+    return any(len(steps) > 1 for steps, _ in group.values())
+
+
+def _series(stage: Stage) -> Series:
+    """Every numeric series with its finite points, in order of appearance; throughput is added."""
+    found: Series = {}
     for row in stage.metrics:
         for name, value in (*row.items(), *_throughput(row)):
             if name not in _NOT_CURVES and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row.get("step", len(steps)))
                 values.append(float(value))
-    return {name: points for name, points in found.items() if len(points[0]) > 1}
+    return found
 
 
 def _throughput(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    tokens, seconds = row.get("tokens"), row.get("seconds")
-    if (
-        "tokens_per_second" not in row
-        and isinstance(tokens, int | float)
-        and isinstance(seconds, int | float)
-        and seconds
-    ):
-        yield "tokens_per_second", tokens / seconds
+    if row.get("tokens") and row.get("seconds") and "tokens_per_second" not in row:
+        yield "tokens_per_second", row["tokens"] / row["seconds"]
 
 
-def _belongs(name: str, panel: Panel) -> bool:
-    return name in panel.names or any(name.startswith(f"{known}/") for known in panel.names)
-
-
-def _picture(stage: Stage, panel: Panel, series: dict[str, tuple[list[int], list[float]]], is_main: bool) -> Picture:
-    traces = [trace for index, (name, points) in enumerate(series.items()) for trace in _traces(name, *points, index)]
-    ends = [f"{quantities.words(name)} {_ends(values)}" for name, (_, values) in series.items()]
-    steps = max(points[0][-1] for points in series.values())
-    caption = f"{'; '.join(ends)}, over {quantities.grouped(int(steps))} steps"
+def _picture(stage: Stage, panel: Panel, series: Series, is_main: bool) -> Picture:
+    few = len(series) <= _FEW
+    labels = {name: quantities.words(name.partition("/")[2] or name) for name in series}
+    traces = [
+        trace
+        for color, (name, points) in enumerate(series.items())
+        for trace in _traces(labels[name], *points, color, smooth=name != "learning_rate", keep_raw=few)
+    ]
+    ends = [f"{labels[name]} {_ends(values)}" for name, (_, values) in series.items()]
+    steps = quantities.grouped(max(points[0][-1] for points in series.values()))
+    caption = f"{'; '.join(ends)}, over {steps} steps"
     identity = f"curve-{stage.name}-{panel.title}".lower().replace(" ", "-").replace("/", "-")
     return Picture(identity, panel.title, panel.unit, tuple(traces), caption, is_main)
 
 
 def _ends(values: Sequence[float]) -> str:
-    return f"{quantities.number(values[0])} → {quantities.number(values[-1])}"
+    return " → ".join(quantities.number(value) for value in (values if len(values) == 1 else (values[0], values[-1])))
 
 
-def _traces(name: str, steps: list[int], values: list[float], color: int) -> list[dict[str, Any]]:
-    """The series; a long noisy one as a faint line with its running mean on top."""
+def _traces(
+    label: str, steps: list[int], values: list[float], color: int, smooth: bool, keep_raw: bool
+) -> list[dict[str, Any]]:
+    """A long series as its running mean, with the raw points faint behind it where the picture has room."""
     stride = math.ceil(len(steps) / MAX_POINTS)
-    label = quantities.words(name)
-    raw = {"x": steps[::stride], "y": [_short(value) for value in values[::stride]], "name": label, "color": color}
-    if len(values) < _SMOOTH_FROM or name == "learning_rate":
-        return [{**raw, "role": "line"}]
-    smooth = [_short(value) for value in running_mean(values, max(3, len(values) // 25))[::stride]]
-    return [{**raw, "role": "raw"}, {**raw, "y": smooth, "role": "line"}]
+    shown = {"x": steps[::stride], "name": label, "color": color}
+    raw = [_short(value) for value in values[::stride]]
+    if not smooth or len(values) < _SMOOTH_FROM:
+        return [{**shown, "y": raw, "role": "line"}]
+    mean = [_short(value) for value in running_mean(values, max(3, len(values) // 25))[::stride]]
+    return [*([{**shown, "y": raw, "role": "raw"}] if keep_raw else []), {**shown, "y": mean, "role": "line"}]
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

@@ -15,8 +15,8 @@ from bloomery.report import quantities
 from bloomery.report.run import Stage
 
 _HEADLINES = (
-    "validation_loss", "loss", "final_loss", "accuracy", "reward", "tokens", "documents", "rows", "examples", "prompts",
-    "vocab_size", "parameters",
+    "validation_loss", "loss", "accuracy", "accuracy_first", "accuracy_last", "tokens", "documents", "rows",
+    "examples", "prompts", "vocab_size", "parameters",
 )  # fmt: skip
 _NAMES = ("source", "name", "task", "id")
 

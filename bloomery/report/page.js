@@ -21,16 +21,19 @@
     const { traces } = curves[element.id];
     const colors = ["--series-1", "--series-2", "--series-3", "--series-4", "--series-5"].map(css);
     const named = traces.filter((series) => series.role !== "raw").length;
+    const perRow = traces.some((series) => series.name.length > 14) ? 1 : 2;
+    const rows = named > 1 ? Math.ceil(named / perRow) : 0;
     const axis = { gridcolor: css("--line"), linecolor: css("--line"), zeroline: false, automargin: true, nticks: 5 };
     const layout = {
-      margin: { l: 8, r: 8, t: named > 1 ? 26 : 8, b: 8 }, height: 210, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      margin: { l: 8, r: 8, t: 8 + 18 * rows, b: 8 }, height: 202 + 18 * rows, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: css("--font"), size: 11, color: css("--quiet") }, hovermode: "x unified",
       hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } }, showlegend: named > 1,
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, entrywidth: 0.96 / perRow, entrywidthmode: "fraction" }, showlegend: named > 1,
       xaxis: { ...axis, showgrid: false, ticks: "outside", tickcolor: css("--line"), hoverformat: "d", ticklabeloverflow: "allow" },
       yaxis: { ...axis, exponentformat: "power" }, dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
     };
     Plotly.react(element, traces.map((series) => trace(series, colors)), layout, { displayModeBar: false });
+    element.style.height = "auto";
     drawn.add(element);
     sizes.observe(element);
   }

@@ -23,7 +23,7 @@ def quantity(name: str, value: Any) -> str:
         return duration(value)
     if "bytes" in words:
         return size(value)
-    if "learning" not in words and set(words) & set(_SHARES) and 0 <= value <= 1:
+    if ("@" in name or (set(words) & set(_SHARES) and "learning" not in words)) and 0 <= value <= 1:
         return percent(value)
     if set(words) & set(_COUNTS) and float(value).is_integer():
         return count(int(value))

@@ -19,7 +19,9 @@ from bloomery.report.run import Run, Stage, read_run
 
 ALL = "all"
 """The task that an evaluation of several sources reports over all of them."""
+TOKENS = "tokens_per_answer"
 _ORDER = ("avg", "pass", "maj", "accuracy", "tokens")
+_BETTER_UP = ("avg", "pass", "maj", "accuracy")
 _DRAWS = 2_000
 
 
@@ -102,10 +104,10 @@ class Cell:
 
     @property
     def direction(self) -> str:
-        """`better` or `worse` where a share's interval excludes zero, `moved` for other metrics, else `same`."""
+        """`better` or `worse` where the interval excludes 0, `moved` for metrics without a good side, else `same`."""
         if self.change is None or self.change.low <= 0 <= self.change.high:
             return "same"
-        if not self.is_share:
+        if not self.metric.startswith(_BETTER_UP):
             return "moved"
         return "better" if self.change.effect > 0 else "worse"
 
@@ -127,6 +129,18 @@ class Table:
     task: str
     metrics: tuple[str, ...]
     rows: tuple[Row, ...]
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Positions of the metrics to show first: each family `metric@k` at its largest k, and tokens per answer."""
+        largest = {metric.partition("@")[0]: index for index, metric in enumerate(self.metrics) if "@" in metric}
+        tokens = [index for index, metric in enumerate(self.metrics) if metric == TOKENS]
+        return tuple(sorted([*largest.values(), *tokens])) or tuple(range(len(self.metrics)))
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """Positions of all other metrics."""
+        return tuple(index for index in range(len(self.metrics)) if index not in self.leading)
 
 
 def evaluations(run: Run) -> list[Evaluation]:
@@ -189,7 +203,7 @@ def _change(task: str, metric: str, before: Evaluation | None, now: Evaluation) 
 
 def _per_problem(metric: str, problems: Mapping[str, list[tuple[float | None, int]]]) -> dict[str, float]:
     family, _, k = metric.partition("@")
-    if family.startswith("tokens") and family.endswith("answer"):
+    if metric == TOKENS:
         return {name: sum(tokens for _, tokens in samples) / len(samples) for name, samples in problems.items()}
     judged = {name: [score for score, _ in samples if score is not None] for name, samples in problems.items()}
     judged = {name: scores for name, scores in judged.items() if scores}
@@ -233,14 +247,14 @@ def headlines(found: list[Evaluation]) -> list[Headline]:
 
 
 def results_table(folder: Path) -> str:
-    """The same tables as plain text for a terminal; empty where nothing was evaluated."""
+    """The leading metrics as plain text for a terminal; empty where nothing was evaluated."""
     return "\n".join("\n".join(_lines(table)) + "\n" for table in tables(evaluations(read_run(folder))))
 
 
 def _lines(table: Table) -> Iterator[str]:
-    grid = [[table.task, *table.metrics]]
+    grid = [[table.task, *(table.metrics[index] for index in table.leading)]]
     for row in table.rows:
-        grid.append([row.model, *(_plain(cell) for cell in row.cells)])
+        grid.append([row.model, *(_plain(row.cells[index]) for index in table.leading)])
     widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
     for line in grid:
         cells = (text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))

@@ -96,7 +96,7 @@ def _answer(model: str, row: dict[str, Any]) -> Answer:
         model=model,
         completion=str(row.get("completion") or ""),
         outcome=outcome(row["score"]),
-        reason=str(reason).replace("_", " "),
+        reason="" if reason == "correct" else str(reason).replace("_", " "),
         tokens=row.get("tokens"),
         truncated=row.get("finish_reason") == "length",
     )

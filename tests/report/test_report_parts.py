@@ -52,6 +52,31 @@ def test_a_stage_with_rewards_leads_with_them(tmp_path):
     assert titles[-1] == "Policy loss"
 
 
+def test_parts_share_a_picture_and_one_part_is_no_picture(tmp_path):
+    life = LifeOnDisk(tmp_path / "run")
+    rows = [{"step": step, "loss": 1.0, "loss/web": 2.0, "accuracy/x": 1.0} for step in (1, 2)]
+    life.stage("one", "sft", "model", metrics=rows)
+    life.stage("two", "pretrain", "model", metrics=[row | {"loss/code": 0.5} for row in rows])
+    one, two = read_run(life.path).stages
+    assert [picture.title for picture in curves.pictures(one)] == ["Loss"]
+    assert [picture.title for picture in curves.pictures(two)] == ["Loss", "Loss by source"]
+    assert [trace["name"] for trace in curves.pictures(two)[1].traces] == ["web", "code"]
+
+
+def test_what_was_read_stands_beside_what_was_planned(tmp_path):
+    life = LifeOnDisk(tmp_path / "run")
+    sources = {"web": {"training_sequences": 300}, "code": {"training_sequences": 100}}
+    life.stage("blend", "blend", "tokens", summary={"sources": sources})
+    life.stage("base", "pretrain", "model", ["blend"], summary={"sequences": {"web": 60, "code": 40}})
+    blend, base = read_run(life.path).stages
+    ((_, grid),) = facts.planned_and_read(base, [blend])
+    assert grid.rows == (
+        ("web", "300", f"75.0{THIN}%", "60", f"60.0{THIN}%"),
+        ("code", "100", f"25.0{THIN}%", "40", f"40.0{THIN}%"),
+    )
+    assert facts.planned_and_read(blend, []) == []
+
+
 def vertical_stretches(edge):
     """(x, top, bottom) of every straight run in an edge's path."""
     x = y = None

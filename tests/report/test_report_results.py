@@ -1,5 +1,6 @@
 """The before/after table against numbers worked out by hand."""
 
+import dataclasses
 import json
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pytest
 from life_on_disk import LifeOnDisk
 
 from bloomery.errors import ArtifactError
+from bloomery.evaluate.statistics import Difference
 from bloomery.report.results import evaluations, headlines, results_table, tables
 from bloomery.report.run import read_run
 from bloomery.report.samples import problems
@@ -133,3 +135,20 @@ def test_the_task_over_all_sources_is_paired_too(tmp_path):
     (table, *_) = tables(evaluations(read_run(life.path)))
     change = table.rows[1].cells[0].change
     assert (table.task, change.effect, change.n) == ("all", 0.5, 2)
+
+
+def test_each_family_leads_with_its_largest_k(life):
+    metrics = ["avg@4", "pass@2", "pass@4", "maj@2", "maj@4", "tokens_per_answer", "truncated"]
+    write(life, "many", "rl", [report(metric, 0.5) for metric in metrics], {"a": [1.0]})
+    (table,) = tables([each for each in evaluations(read_run(life.path)) if each.stage.name == "many"])
+    assert [table.metrics[index] for index in table.leading] == ["avg@4", "pass@4", "maj@4", "tokens_per_answer"]
+    assert [table.metrics[index] for index in table.others] == ["pass@2", "maj@2", "truncated"]
+
+
+def test_only_a_metric_with_a_good_side_is_better_or_worse(life):
+    (table,) = tables(evaluations(read_run(life.path)))
+    cell = table.rows[1].cells[0]
+    assert cell.direction == "better"
+    assert dataclasses.replace(cell, metric="truncated").direction == "moved"
+    assert dataclasses.replace(cell, change=Difference(-0.2, -0.3, -0.1, 4)).direction == "worse"
+    assert dataclasses.replace(cell, change=Difference(0.2, -0.1, 0.3, 4)).direction == "same"

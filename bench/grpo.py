@@ -1,0 +1,166 @@
+"""A whole GRPO step (roll out, judge, update) against TRL's GRPOTrainer.
+
+Same weights, prompts, group size and 0/1 reward, float32, fused AdamW, clipping, one thread each; both sides on-policy
+with group-normalised advantages, a token mean and no KL term. They take turns, step by step.
+
+`grpo/step`: a Llama, and every completion full (the end token lies outside the vocabulary). Nearly all of it is matrix
+products that both sides must do. `grpo/step_recipe`: the hybrid of `recipes/tiny.yaml`, and completions end where the
+model ends them, at equal odds on both sides. TRL's settings are the fastest found for it on a CPU: its own `generate`
+loop, no gradient checkpointing, one micro-batch; static caches, torch.compile, smaller micro-batches and transformers'
+continuous batching were no faster or slower.
+`python -m bench.grpo [--quick]` prints one JSON line per figure: completion tokens per second of whole steps.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bench.peers import Peer
+from bloomery import artifact
+from bloomery.data.pack import Batch
+from bloomery.data.prompts import Prompt
+from bloomery.generate.engine import Engine
+from bloomery.generate.sampling import SamplingParams
+from bloomery.model import hf
+from bloomery.model.config import ModelConfig, RopeConfig
+from bloomery.model.decoder import Decoder
+from bloomery.posttrain.batches import micro_batches
+from bloomery.posttrain.policy import PolicyGradient
+from bloomery.posttrain.rollouts import roll_out
+from bloomery.train.loop import LoopConfig, TrainState, steps
+from bloomery.train.optim import adamw
+from bloomery.verify.verdict import Verdict
+
+LLAMA = ModelConfig(
+    family="llama", pattern="*-" * 4, vocab_size=1024, hidden_size=192, intermediate_size=512, mlp_gated=True,
+    mlp_hidden_act="silu", num_attention_heads=6, num_key_value_heads=3, head_dim=32, rope=RopeConfig(),
+)  # fmt: skip
+HYBRID = ModelConfig(
+    pattern="M-M-*-M-", vocab_size=64, hidden_size=128, intermediate_size=256, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, mamba_num_heads=8, mamba_head_dim=32, ssm_state_size=32, n_groups=1,
+    chunk_size=32,
+)  # fmt: skip
+PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 8, 8, 32, 64
+LEARNING_RATE = 1e-4
+MICRO_BATCH = 16
+_PEER = Path(__file__).parent / "_grpo_trl.py"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure. `ends`: the model may write the end token, at about one position in `vocab_size`."""
+
+    name: str
+    model: ModelConfig
+    ends: bool = False
+
+
+CASES = (Case("grpo/step", LLAMA), Case("grpo/step_recipe", HYBRID, ends=True))
+
+
+def tokenizer(folder: Path, vocabulary: int, ends: bool) -> PreTrainedTokenizerFast:
+    """One token a word, `w0`, `w1` …; the end token is the model's last one, or one more that it cannot write."""
+    words = {f"w{number}": number for number in range(vocabulary - ends)}
+    inner = Tokenizer(models.WordLevel(words | {"<end>": len(words)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<end>", eos_token="<end>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+class InlineVerifier:
+    """Stands where the verifier pool stands; the reward is so cheap that a process would only add time."""
+
+    def submit(self, verifier: str, text: str, answer: str) -> "Future[Verdict]":
+        """1 where the bytes of the text add up to an even number: the peer's reward."""
+        future: Future[Verdict] = Future()
+        future.set_result(Verdict(1.0 - sum(text.encode()) % 2, "correct", ""))
+        return future
+
+
+def our_steps(
+    model: Decoder, prompts: list[Prompt], decode: Any, stop: tuple[int, ...], max_steps: int
+) -> Iterator[int]:
+    """One optimizer step a turn; yields the completion tokens of its rollouts."""
+    rows = len(prompts) * GROUP
+    loop = LoopConfig(max_steps=max_steps, batch_size=rows, learning_rate=LEARNING_RATE, weight_decay=0.0,
+                      schedule="constant", precision="fp32")  # fmt: skip
+    engine = Engine(model, max_batch=rows, max_tokens=PROMPT_TOKENS + NEW_TOKENS, decode=decode)
+    written: list[int] = []
+
+    def batches() -> Iterator[list[Batch]]:
+        for step in range(max_steps):
+            engine.sync()
+            params = SamplingParams(max_new_tokens=NEW_TOKENS, stop_token_ids=stop)
+            rollouts = roll_out(engine, InlineVerifier(), prompts, GROUP, params, (0, step))  # type: ignore[arg-type]
+            written.append(sum(sample.tokens for sample in rollouts.samples))
+            yield micro_batches(rollouts, MICRO_BATCH, 0, "token_mean", NEW_TOKENS, keep_all=True)
+
+    objective = PolicyGradient(temperature=1.0, max_logprob_gap=1e-3)
+    for _ in steps(TrainState(model, adamw(model, loop)), batches(), objective, loop):
+        yield written[-1]
+
+
+def measure(case: Case, repeats: int, **peer_settings: Any) -> dict[str, object]:
+    """One figure: medians of alternating steps, after one warm-up step each."""
+    torch.manual_seed(0)
+    vocabulary, model = case.model.vocab_size, Decoder(case.model)
+    ids = torch.randint(vocabulary - case.ends, (PROMPTS, PROMPT_TOKENS)).tolist()
+    rows = PROMPTS * GROUP
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save(model, folder)
+        fast = tokenizer(Path(folder), vocabulary, case.ends)
+        texts = [" ".join(f"w{token}" for token in prompt) for prompt in ids]
+        prompts = [Prompt(text, "bench", [], "", "", tuple(row)) for text, row in zip(texts, ids, strict=True)]
+        settings = {"model": folder, "prompts": texts, "group_size": GROUP, "new_tokens": NEW_TOKENS, "max_steps": 1000,
+                    "learning_rate": LEARNING_RATE, "micro_batch_size": rows, "extra": {}}  # fmt: skip
+        turns = our_steps(model, prompts, fast.decode, (vocabulary - 1,) if case.ends else (), 1000)
+        rates: dict[str, list[float]] = {"ours": [], "peer": []}
+        with Peer(_PEER, [json.dumps(settings | peer_settings)]) as peer:
+            for repeat in range(repeats + 1):
+                start = time.perf_counter()
+                tokens = next(turns)
+                seconds = time.perf_counter() - start
+                answer = peer.ask()
+                theirs = answer["mean_length"] * rows
+                assert case.ends or tokens == theirs == rows * NEW_TOKENS, "the two sides did unequal work"
+                if repeat:
+                    rates["ours"].append(tokens / seconds)
+                    rates["peer"].append(theirs / answer["seconds"])
+    return _figure(case.name, rates, answer["versions"])
+
+
+def _figure(name: str, rates: dict[str, list[float]], versions: dict[str, str]) -> dict[str, object]:
+    ours, peer = statistics.median(rates["ours"]), statistics.median(rates["peer"])
+    ratios = [a / b for a, b in zip(rates["ours"], rates["peer"], strict=True)]
+    return {
+        "name": name,
+        "ours": round(ours, 1),
+        "peer": round(peer, 1),
+        "ratio": round(ours / peer, 3),
+        "unit": "completion tokens/s",
+        "spread": f"{min(ratios):.2f}–{max(ratios):.2f}",
+        "versions": versions | {"bloomery": artifact.version()},
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for case in CASES:
+        print(json.dumps(measure(case, repeats=5 if "--quick" in sys.argv else 15)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
