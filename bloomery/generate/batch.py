@@ -120,7 +120,7 @@ class Batch:
         self._reshape()
         return finished
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self) -> list[tuple[int, Completion]]:
         """One step: feed each row's last token, draw its next."""
         hidden = self._model(self._window.rows.last, state=self._memory)

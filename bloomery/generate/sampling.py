@@ -176,7 +176,9 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     takes a third of the time of a running sum over the vocabulary, and no array of its size in float64.
     """
     vocab = weights.shape[-1]
-    blocks = F.pad(weights, (0, -vocab % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    if vocab % _BLOCK:
+        weights = F.pad(weights, (0, -vocab % _BLOCK))
+    blocks = weights.view(len(weights), -1, _BLOCK)
     mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
     point = uniform * total

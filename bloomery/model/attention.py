@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from bloomery.model.config import ModelConfig
 from bloomery.model.context import Context
 from bloomery.model.norm import RMSNorm
-from bloomery.model.rope import rotate
+from bloomery.model.rope import rotate, rotate_few
 from bloomery.model.state import KeyValueCache
 
 
@@ -35,7 +35,7 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     """Decoding on a CPU: two batched products take half the time of the fused kernel, which is made for many queries."""
     batch, heads, _, head_dim = query.shape
     key_value_heads, total = key.shape[1:3]
-    grouped = query.reshape(batch * key_value_heads, heads // key_value_heads, head_dim) * head_dim**-0.5
+    grouped = (query * head_dim**-0.5).reshape(batch * key_value_heads, -1, head_dim)
     scores = torch.bmm(grouped, key.flatten(0, 1).transpose(1, 2))
     if mask is not None:
         scores = scores.view(batch, heads, total).masked_fill(~mask[:, 0], -math.inf).view_as(scores)
@@ -60,6 +60,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
         """x (batch, seq, hidden) → the same shape; `cache` is extended by the new tokens and attended to."""
+        if cache is not None and context.seq == 1:
+            return self._step(x[:, 0], context, cache).unsqueeze(1)
         query, key, value = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -70,8 +72,19 @@ class Attention(nn.Module):
             key, value = _extend(cache, key, value, context)
         return self.o_proj(self.core(query, key, value, context).transpose(1, 2).flatten(2))
 
+    def _step(self, x: Tensor, context: Context, cache: KeyValueCache) -> Tensor:
+        """One token a row, x (batch, hidden): few calls, because on small models each costs as much as its arithmetic."""
+        query, key, value = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if context.rope is not None:
+            both = rotate_few(torch.cat([query, key], 1), *context.whole_rope)
+            query, key = both.split([query.shape[1], key.shape[1]], 1)
+        keys, values = _extend(cache, key.unsqueeze(2), value.unsqueeze(2), context)
+        return self.o_proj(self.core(query.unsqueeze(2), keys, values, context).flatten(1))
+
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.head_dim)
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
 
 def _extend(cache: KeyValueCache, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor]:

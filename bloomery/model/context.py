@@ -62,6 +62,13 @@ class Context:
         assert self.starts is not None
         return self.starts[:, None] + new
 
+    @cached_property
+    def whole_rope(self) -> tuple[Tensor, Tensor]:
+        """`rope` of a call on one token, as `rope.rotate_few` wants it: (batch or 1, 1, head_dim)."""
+        assert self.rope is not None
+        cos, sin = (table[:, 0] for table in self.rope)
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
     @property
     def causal(self) -> bool:
         """True when a plain causal mask over the new tokens is all that is needed."""
