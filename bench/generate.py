@@ -3,7 +3,7 @@
 Same weights (the peer loads our export), same prompts, same dtype (float32), one thread, temperature 1 without filters.
 Both sides generate exactly NEW tokens for every prompt; no token ends a text. The peer runs with whichever of its cache
 implementations is fastest here, and without returning log-probabilities, which ours always computes.
-`python -m bench.generate [--quick]` prints one JSON line per figure: new tokens per second, ratio above 1 means we are faster.
+`python -m bench.generate [--quick]` prints one JSON line per figure: new tokens per second; ratio > 1: we are faster.
 """
 
 import json

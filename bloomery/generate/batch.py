@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bloomery.errors import DivergenceError
 from bloomery.generate.prefill import Prefilled, Waiting
 from bloomery.generate.request import Completion, FinishReason
 from bloomery.generate.sampling import RowSettings, SamplingParams, sample, uniforms
 from bloomery.generate.stopping import Decode, StopStrings, cut
+from bloomery.model.decoder import Decoder
 from bloomery.model.state import DecodeState
 
 
@@ -80,7 +81,7 @@ class Window:
         self._watched = [(row, one.watch) for row, one in enumerate(live) if one.watch]
 
     def draw(self, logits: Tensor) -> list[int]:
-        """Draw and record a token for each row; logits (rows, vocab) are overwritten. Returns the rows that end with it."""
+        """Draw and record a token for each row; logits (rows, vocab) are overwritten. Returns the rows that end."""
         rows = self.rows
         token, logprob = sample(logits, self._settings, rows.uniforms.gather(1, rows.produced))
         rows.tokens.scatter_(1, rows.produced, token)
@@ -97,9 +98,10 @@ class Window:
 
 
 class Batch:
-    """Live sequences, and what is done to them: `admit`, `decode`, `abort`. Each returns what ended, as (index, Completion)."""
+    """Live sequences, and what is done to them: each of `admit`, `decode`, `abort` returns what ended, as
+    (index, Completion)."""
 
-    def __init__(self, model: nn.Module, state: DecodeState, rows: Rows, text_of: Decode | None, weight_version: int):
+    def __init__(self, model: Decoder, state: DecodeState, rows: Rows, text_of: Decode | None, weight_version: int):
         self._model, self._state, self._rows, self._text_of = model, state, rows, text_of
         self.weight_version = weight_version
         self._live: list[Live] = []

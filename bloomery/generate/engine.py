@@ -3,8 +3,6 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from bloomery.errors import ConfigError
 from bloomery.generate.batch import Batch, Rows
 from bloomery.generate.prefill import PromptReader, Waiting
@@ -15,11 +13,11 @@ from bloomery.model.state import DecodeState
 
 
 class Engine:
-    """Generates from `model`, up to `max_batch` sequences at a time, each of at most `max_tokens` (prompt and completion).
+    """Generates from `model`, up to `max_batch` sequences at a time, each of at most `max_tokens` with its prompt.
 
     `decode` turns token ids into text (`tokenizer.decode`); it is needed for stop strings and fills `Completion.text`.
-    `prefill_tokens` bounds the padded tokens of prompts read at once. Memory for all sequences is allocated at the first
-    call and kept. Call `sync` after every change of the weights.
+    `prefill_tokens` bounds the padded tokens of prompts read at once. Memory for all sequences is allocated at the
+    first call and kept. Call `sync` after every change of the weights.
     """
 
     def __init__(

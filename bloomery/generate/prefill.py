@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bloomery.generate.request import Request
+from bloomery.model.decoder import Decoder
 from bloomery.model.state import DecodeState
 
 Prompt = tuple[int, ...]
@@ -24,7 +25,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """Prompts that have been read: their memory (a row each) and the logits of the token that follows, (rows, vocab)."""
+    """Prompts that have been read: a row of memory each, and the logits of the token that follows, (rows, vocab)."""
 
     prompts: list[Prompt]
     state: DecodeState
@@ -46,7 +47,7 @@ class PromptReader:
     prompt's row is kept. The queue puts equal prompts side by side, so one kept row is enough.
     """
 
-    def __init__(self, model: nn.Module, allocate: Allocate, budget: int, device: torch.device):
+    def __init__(self, model: Decoder, allocate: Allocate, budget: int, device: torch.device):
         self._model, self._allocate, self._budget, self._device = model, allocate, budget, device
         self._kept: Prefilled | None = None
 
@@ -88,7 +89,7 @@ def groups(prompts: Sequence[Prompt], budget: int) -> Iterator[list[Prompt]]:
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, prompts: list[Prompt], allocate: Allocate, device: torch.device) -> Prefilled:
+def prefill(model: Decoder, prompts: list[Prompt], allocate: Allocate, device: torch.device) -> Prefilled:
     """Read one group of prompts, right-padded, into fresh memory of just their length."""
     sizes = [len(prompt) for prompt in prompts]
     longest = max(sizes)

@@ -22,11 +22,11 @@ class Request:
 class Completion:
     """The generated part of one request.
 
-    `token_ids` holds every sampled token, the stop token or the tokens of the stop string included, so that it can be fed
-    to a trainer as it is; `logprobs` has one entry per token, at the sampling temperature, over the distribution drawn
-    from (`None` when the request switched them off). `text`, present when the engine has a decoder, ends before the stop
-    token or stop string. `finish_reason` is `stop`, `length` (max_new_tokens reached) or `abort` (`Engine.sync` was called
-    in the middle). `weight_version` is the engine's at the time of sampling.
+    `token_ids` holds every sampled token, the stop token or the tokens of the stop string included, so that it can be
+    fed to a trainer as it is; `logprobs` has one entry per token, at the sampling temperature, over the distribution
+    drawn from (`None` when the request switched them off). `text`, present when the engine has a decoder, ends before
+    the stop token or stop string. `finish_reason` is `stop`, `length` (max_new_tokens reached) or `abort`
+    (`Engine.sync` was called in the middle). `weight_version` is the engine's at the time of sampling.
     """
 
     token_ids: list[int]

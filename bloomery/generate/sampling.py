@@ -1,9 +1,9 @@
 """How the next token is drawn: settings, randomness that belongs to the request, and the vectorised draw.
 
-The uniform number behind the token at position `p` of a request is a pure function of `(seed, p)`. Neither the batch, nor
-the slot, nor the order of scheduling enters, so a request keeps its text wherever it runs. One uniform a token is enough
-because tokens are drawn by inverting the cumulative distribution; noise for every vocabulary entry would cost more than
-the layers of a small model.
+The uniform number behind the token at position `p` of a request is a pure function of `(seed, p)`. Neither the batch,
+nor the slot, nor the order of scheduling enters, so a request keeps its text wherever it runs. One uniform a token is
+enough because tokens are drawn by inverting the cumulative distribution; noise for every vocabulary entry would cost
+more than the layers of a small model.
 """
 
 import hashlib
@@ -26,25 +26,32 @@ _BLOCK = 64  # tokens
 
 
 class SamplingParams(Config):
-    """How one request is continued. Filters apply in the order top_k, top_p, min_p, to the distribution at `temperature`."""
+    """How one request is continued. Filters apply in the order top_k, top_p, min_p, after the temperature."""
 
-    max_new_tokens: int = Field(256, ge=1, description="most tokens to generate, the stop token included")
-    temperature: float = Field(1.0, ge=0, description="divides the logits; 0 takes the likeliest token (greedy)")
-    top_k: int = Field(0, ge=0, description="keep only this many likeliest tokens; 0 keeps all")
+    max_new_tokens: int = Field(default=256, ge=1, description="most tokens to generate, the stop token included")
+    temperature: float = Field(
+        default=1.0, ge=0, description="divides the logits; 0 takes the likeliest token (greedy)"
+    )
+    top_k: int = Field(default=0, ge=0, description="keep only this many likeliest tokens; 0 keeps all")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="keep the fewest likeliest tokens that hold this probability; 1 keeps all"
+        default=1.0, gt=0, le=1, description="keep the fewest likeliest tokens that hold this probability; 1 keeps all"
     )
     min_p: float = Field(
-        0.0, ge=0, lt=1, description="drop tokens below this fraction of the likeliest one's probability; 0: none"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="drop tokens below this fraction of the likeliest one's probability; 0: none",
     )
-    stop: tuple[str, ...] = Field((), description="end as soon as the generated text contains one of these strings")
+    stop: tuple[str, ...] = Field(
+        default=(), description="end as soon as the generated text contains one of these strings"
+    )
     stop_token_ids: tuple[int, ...] = Field(
-        (), description="end after one of these tokens, which stays in the completion"
+        default=(), description="end after one of these tokens, which stays in the completion"
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="chooses the text; equal requests with equal seeds get equal texts"
+        default=0, ge=0, lt=2**63, description="chooses the text; equal requests with equal seeds get equal texts"
     )
-    logprobs: bool = Field(True, description="return the log-probability of each generated token, nats")
+    logprobs: bool = Field(default=True, description="return the log-probability of each generated token, nats")
 
     @field_validator("temperature")
     @classmethod
@@ -88,8 +95,8 @@ def derive_seed(*parts: int | str) -> int:
 def uniforms(seeds: Sequence[int], count: int) -> np.ndarray:
     """The numbers in (0, 1) behind the first `count` tokens of requests with these seeds: (requests, count) float64.
 
-    Position `p` is output `p` of a SplitMix64 generator (Steele, Lea, Flood 2014) started at the mixed seed. 32 bits are
-    used, so that `u * total` stays below `total` in float64.
+    Position `p` is output `p` of a SplitMix64 generator (Steele, Lea, Flood 2014) started at the mixed seed. 32 bits
+    are used, so that `u * total` stays below `total` in float64.
     """
     start = _mix(np.asarray(seeds, dtype=np.uint64)[:, None])
     words = _mix(start + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
@@ -143,9 +150,9 @@ def sample(logits: Tensor, settings: RowSettings, uniform: Tensor) -> tuple[Tens
         uniform: (rows, 1) float64, the numbers in (0, 1) behind the draws.
 
     Returns:
-        tokens (rows, 1) int64 and their log-probabilities (rows, 1) float32, of the distribution drawn from: at the row's
-        temperature, after its filters. Greedy rows have no such distribution; theirs are at temperature 1. A row whose
-        logits are not finite gets NaN.
+        tokens (rows, 1) int64 and their log-probabilities (rows, 1) float32, of the distribution drawn from: at the
+        row's temperature, after its filters. Greedy rows have no such distribution; theirs are at temperature 1. A row
+        whose logits are not finite gets NaN.
     """
     logits = logits.float()
     if settings.greedy is True:
@@ -190,7 +197,7 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _threshold(weights: Tensor, settings: RowSettings) -> Tensor:
-    """The smallest weight each row keeps, (rows, 1), where the likeliest weighs 1. Tokens that tie with it are kept too."""
+    """The smallest weight that each row keeps, (rows, 1), where the likeliest weighs 1. Ties with it are kept too."""
     least = torch.as_tensor(settings.min_p, device=weights.device)
     if not settings.sorts:
         return least

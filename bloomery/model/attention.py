@@ -32,7 +32,7 @@ class AttentionCore(nn.Module):
 
 
 def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Decoding on a CPU: two batched products take half the time of the fused kernel, which is made for many queries."""
+    """Decoding on a CPU: two batched products take half the time of the fused kernel, made for many queries."""
     batch, heads, _, head_dim = query.shape
     key_value_heads, total = key.shape[1:3]
     grouped = (query * head_dim**-0.5).reshape(batch * key_value_heads, -1, head_dim)
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         return self.o_proj(self.core(query, key, value, context).transpose(1, 2).flatten(2))
 
     def _step(self, x: Tensor, context: Context, cache: KeyValueCache) -> Tensor:
-        """One token a row, x (batch, hidden): few calls, because on small models each costs as much as its arithmetic."""
+        """One token a row, x (batch, hidden): few calls, as on small models each costs as much as its arithmetic."""
         query, key, value = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)

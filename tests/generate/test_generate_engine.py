@@ -223,7 +223,8 @@ def test_weights_that_are_not_numbers_stop_the_run():
 def hybrid():
     return ModelConfig(
         pattern="M-M*-M-", vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, n_groups=2, chunk_size=8,
+        num_key_value_heads=2, head_dim=8, mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, n_groups=2,
+        chunk_size=8,
     )  # fmt: skip
 
 
