@@ -86,7 +86,7 @@ class Context:
         keys = torch.arange(self.total, device=self.device)
         queries = self.positions[:, :, None]
         seen = keys <= queries
-        if not self._unlimited:
+        if self.sliding_window is not None and not self._unlimited:
             seen = seen & (keys > queries - self.sliding_window)
         if self.segment_ids is not None:
             seen = seen & (self.segment_ids[:, :, None] == self.segment_ids[:, None, :])

@@ -132,7 +132,7 @@ def _check(input_ids: Tensor, segment_ids: Tensor | None, state: DecodeState | N
                 "segment_ids and state together: a state holds one document a row; prefill without packing"
             )
         _check_segments(input_ids, segment_ids)
-    if lengths is not None and not lengths.is_cuda:
+    if lengths is not None and lengths.device.type == "cpu":
         lowest = 0 if seq == 1 else 1
         if lengths.shape != (batch,) or bool(((lengths < lowest) | (lengths > seq)).any()):
             raise ValueError(f"lengths: {lengths.tolist()}, expected {batch} values from {lowest} to {seq}")
@@ -141,7 +141,7 @@ def _check(input_ids: Tensor, segment_ids: Tensor | None, state: DecodeState | N
 def _check_segments(input_ids: Tensor, segment_ids: Tensor) -> None:
     if segment_ids.shape != input_ids.shape:
         raise ValueError(f"segment_ids: shape {tuple(segment_ids.shape)}, expected {tuple(input_ids.shape)}")
-    if segment_ids.is_cuda:
+    if segment_ids.device.type != "cpu":
         return  # looking at the values would wait for the device
     falls = (segment_ids[:, 1:] < segment_ids[:, :-1]).nonzero()
     if len(falls):

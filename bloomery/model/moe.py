@@ -24,16 +24,15 @@ class Router(nn.Module):
         # Added to the scores for choosing only: moved by a balancing rule, never by gradients.
         bias = torch.zeros(config.n_routed_experts) if config.router_activation == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
+        self.e_score_correction_bias: Tensor | None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (tokens, hidden) → expert indices and weights (tokens, k), and scores (tokens, experts), float32."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
-        if self.config.router_activation == "softmax":
-            scores = choice = logits.softmax(-1)
-        else:
-            scores = logits.sigmoid()
-            choice = scores + self.e_score_correction_bias
+        scores = logits.sigmoid() if self.config.router_activation == "sigmoid" else logits.softmax(-1)
+        bias = self.e_score_correction_bias
+        choice = scores if bias is None else scores + bias
         indices = choice.topk(self.config.num_experts_per_tok, dim=-1).indices
         weights = scores.gather(1, indices)
         if self.config.norm_topk_prob:

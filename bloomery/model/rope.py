@@ -1,6 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864) in Hugging Face's half-split channel order."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,12 +62,12 @@ class _Rotate(torch.autograd.Function):
     """The backward of a rotation is the rotation back, so nothing of x is kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _turn(x, cos, sin, 1.0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, sin, -1.0), None, None
 

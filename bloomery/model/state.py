@@ -1,5 +1,6 @@
 """What a decoder remembers between calls: keys and values, convolution columns, Mamba-2 states. Written in place."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -42,7 +43,7 @@ class MambaCache:
 
 
 Cache = KeyValueCache | MambaCache | None
-CACHES = {"*": KeyValueCache, "M": MambaCache}
+CACHES: dict[str, type[KeyValueCache] | type[MambaCache]] = {"*": KeyValueCache, "M": MambaCache}
 
 
 @dataclass
@@ -99,10 +100,10 @@ class DecodeState:
         if held > self.max_tokens:
             raise ValueError(f"put: a row holds {held} tokens, this state has room for {self.max_tokens}")
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            if isinstance(mine, KeyValueCache):
+            if isinstance(mine, KeyValueCache) and isinstance(theirs, KeyValueCache):
                 mine.keys[slots, :, :held] = theirs.keys[:, :, :held]
                 mine.values[slots, :, :held] = theirs.values[:, :, :held]
-            elif isinstance(mine, MambaCache):
+            elif isinstance(mine, MambaCache) and isinstance(theirs, MambaCache):
                 mine.conv[slots] = theirs.conv
                 mine.ssm[slots] = theirs.ssm
         self.lengths[slots] = other.lengths
@@ -116,7 +117,7 @@ class DecodeState:
                 cache.ssm[slots] = 0
 
 
-def _map(cache: Cache, function) -> Cache:
+def _map(cache: Cache, function: Callable[[Tensor], Tensor]) -> Cache:
     if cache is None:
         return None
     return type(cache)(*(function(getattr(cache, field.name)) for field in fields(cache)))

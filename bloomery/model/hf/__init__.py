@@ -73,7 +73,7 @@ def _gather(path: Path, decoder: Decoder, found: dict[str, Tensor]) -> dict[str,
     renamed = {family.canonical(name): tensor for name, tensor in found.items()}
     renamed.pop(None, None)
     _audit_pattern(path, decoder.config, family.found_pattern(set(renamed)))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, own in decoder.state_dict().items():
         parts = _file_names(decoder.config, name, own)
         if name == "lm_head.weight" and decoder.config.tie_word_embeddings and parts[0] not in renamed:
@@ -168,7 +168,7 @@ def export_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _stored(decoder: Decoder, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     omitted = decoder.config.tie_word_embeddings and FAMILIES[decoder.config.family].TIES_HEAD
     for name, own in decoder.state_dict().items():
         if name == "lm_head.weight" and omitted:

@@ -63,8 +63,8 @@ def read_config(raw: dict[str, Any]) -> dict[str, Any]:
     """`config.json` → the fields of `ModelConfig`."""
     pattern = _read_pattern(raw)
     keys = [*_COMMON, *(key for kind in dict.fromkeys(pattern) for key in _BY_LAYER.get(kind, ()))]
-    fields = {key: raw.get(key, raw.get(_ALIASES.get(key, ""))) for key in keys}
-    fields = {key: value for key, value in fields.items() if value is not None}
+    found = {key: raw.get(key, raw.get(_ALIASES.get(key, ""))) for key in keys}
+    fields: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
     if "time_step_limit" in fields:
         fields["time_step_limit"] = tuple(_number(bound) for bound in fields["time_step_limit"])
     if _INITIAL_MIN in raw:
