@@ -41,10 +41,9 @@ class Rope:
 
     def _upto(self, longest: int, device: torch.device) -> Tensor:
         if self._table is None or len(self._table) < longest or self._table.device != device:
-            with torch.inference_mode(False):  # the table outlives the call, also into a training step
-                rows = torch.arange(1 << max(longest - 1, 1).bit_length(), dtype=torch.float32)
-                angles = torch.outer(rows, inverse_frequencies(self.config, self.head_dim))
-                self._table = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+            rows = torch.arange(1 << max(longest - 1, 1).bit_length(), dtype=torch.float32)
+            angles = torch.outer(rows, inverse_frequencies(self.config, self.head_dim))
+            self._table = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
         return self._table
 
 
