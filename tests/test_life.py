@@ -37,7 +37,7 @@ def check_floors(run: Path) -> dict[str, float]:
     """The floors that the recipe promises: the loss falls, SFT lands in its band, RL lifts it clearly."""
     losses = [row["loss"] for row in artifact.Metrics(run / "base" / "metrics.jsonl").read() if "loss" in row]
     assert losses[-1] < 0.6 * losses[0]
-    (base, _), (sft, sft_error), (rl, rl_error) = (value(run / f"eval-{name}", "avg@k") for name in ("base", "sft", "rl"))
+    (base, _), (sft, sft_error), (rl, rl_error) = (value(run / f"eval-{name}", "avg@4") for name in ("base", "sft", "rl"))
     assert base < sft
     assert 0.20 <= sft <= 0.65, sft
     assert rl - sft >= 0.15, (sft, rl)
