@@ -28,8 +28,8 @@ HYBRID = {
     "intermediate_size": 512, "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 32, "n_groups": 1,
 }  # fmt: skip
 MODELS = {
-    "generate/dense": ModelConfig(pattern="*-" * 4, **LLAMA, **SIZES),
-    "generate/hybrid": ModelConfig(pattern="M-M*-M-", **HYBRID, **SIZES),
+    "generate/dense": ModelConfig(pattern="*-*-", **LLAMA, **SIZES),
+    "generate/hybrid": ModelConfig(pattern="M-M*-", **HYBRID, **SIZES),
 }
 BATCH, PROMPT, NEW = 64, 32, 64
 PEER_CACHES = (None, "static")
