@@ -37,7 +37,8 @@ def check_floors(run: Path) -> dict[str, float]:
     """The floors that the recipe promises: the loss falls, SFT lands in its band, RL lifts it clearly."""
     losses = [row["loss"] for row in artifact.Metrics(run / "base" / "metrics.jsonl").read() if "loss" in row]
     assert losses[-1] < 0.6 * losses[0]
-    (base, _), (sft, sft_error), (rl, rl_error) = (value(run / f"eval-{name}", "avg@4") for name in ("base", "sft", "rl"))
+    scores = [value(run / f"eval-{name}", "avg@4") for name in ("base", "sft", "rl")]
+    (base, _), (sft, sft_error), (rl, rl_error) = scores
     assert base < sft
     assert 0.20 <= sft <= 0.65, sft
     assert rl - sft >= 0.15, (sft, rl)
@@ -73,15 +74,16 @@ def final_numbers(run: Path) -> dict[str, object]:
 
 def _timeless(value):
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if k not in TIMING and not k.endswith(("_seconds", "_per_second"))}
+        return {name: _timeless(item) for name, item in value.items() if name not in TIMING}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def killed_run(out: Path, kills: int, longest_seconds: float, seed: int, overrides: list[str]) -> int:
-    """Start the recipe again and again, killing it after a random time; at last let it finish. Returns kills that hit."""
+    """Start the recipe again and again, killing it after a random time; then let it finish. Returns kills that hit."""
     moments, hits = random.Random(seed), 0
     for _ in range(kills):
-        process = subprocess.Popen(command(out, *overrides), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command(out, *overrides), cwd=ROOT, **quiet)
         try:
             process.wait(timeout=moments.uniform(0.5, longest_seconds))
         except subprocess.TimeoutExpired:

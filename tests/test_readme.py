@@ -60,4 +60,5 @@ def test_stage_help_names_every_setting(capsys, monkeypatch):
         cli.main()
     assert exit_code.value.code == 0
     shown = capsys.readouterr().out
-    assert "group_size: " in shown and "loop.max_grad_norm: " in shown
+    assert "group_size: " in shown
+    assert "loop.max_grad_norm: " in shown

@@ -26,7 +26,10 @@ class LogitDifference:
 def load_peer(folder: Path) -> Any:
     """The folder as `transformers` loads it, in fp32. `ArtifactError` when it misses, ignores or reshapes a tensor."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # its advice is for those who run the model there
+    logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
     peer, found = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = {name: sorted(map(str, value)) for name, value in found.items() if value}
