@@ -58,14 +58,15 @@ Machine: {machine}
 """
 
 
+def _row(figure: dict[str, object]) -> str:
+    name, ours, peer, ratio = (figure[key] for key in ("name", "ours", "peer", "ratio"))
+    rest = " | ".join(str(figure[key]) for key in ("spread", "date", "load_before"))
+    return f"| `{name}` | {ours:,.4g} | {peer:,.4g} | {figure['unit']} | **{ratio:.2f}×** | {rest} |\n"
+
+
 def _write(figures: list[dict[str, object]]) -> None:
     (DOCS / "benchmarks.json").write_text(json.dumps(figures, indent=2) + "\n")
-    rows = "".join(
-        "| `{name}` | {ours:,.4g} | {peer:,.4g} | {unit} | **{ratio:.2f}×** | {spread} | {date} | {load_before} |\n".format(
-            **f
-        )
-        for f in figures
-    )
+    rows = "".join(map(_row, figures))
     (DOCS / "benchmarks.md").write_text(INTRODUCTION.format(machine=figures[-1]["machine"] if figures else "") + rows)
 
 
