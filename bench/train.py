@@ -1,4 +1,4 @@
-"""A training step (forward, backward, clip-free AdamW) against transformers' classes in a plain loop.
+"""A training step (forward, backward, AdamW, no clipping) against transformers' classes in a plain loop.
 
 Same weights, same tokens, same dtype (float32), one thread, CPU seconds (so that a busy machine disturbs less). The
 peer computes its loss with `labels=` and steps `torch.optim.AdamW` at its defaults; its scan runs at whichever chunk
@@ -23,16 +23,16 @@ from bloomery.model.decoder import Decoder
 from bloomery.train.losses import next_token
 from bloomery.train.optim import decay_groups
 
-SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
-LLAMA = {"family": "llama", "mlp_gated": True, "mlp_hidden_act": "silu", "rope": RopeConfig(), "intermediate_size": 704}
+SIZES = {"vocab_size": 2048, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+LLAMA = {"family": "llama", "mlp_gated": True, "mlp_hidden_act": "silu", "rope": RopeConfig(), "intermediate_size": 352}
 HYBRID = {
-    "intermediate_size": 1024, "mamba_num_heads": 16, "mamba_head_dim": 32, "ssm_state_size": 64, "n_groups": 1,
+    "intermediate_size": 512, "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 64, "n_groups": 1,
 }  # fmt: skip
 MODELS = {
     "train/dense": ModelConfig(pattern="*-" * 4, **LLAMA, **SIZES),
     "train/hybrid": ModelConfig(pattern="M-M-M*-M-", **HYBRID, **SIZES),
 }
-BATCH, SEQ = 16, 256
+BATCH, SEQ = 32, 128
 PEER_CHUNKS = (32, 64, 128)
 
 Step = Callable[[], None]

@@ -11,7 +11,8 @@ from bloomery.model.config import ModelConfig, RopeConfig
 from bloomery.model.decoder import Decoder
 
 SIZES = {
-    "pattern": "*", "vocab_size": 31, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "pattern": "*", "vocab_size": 31, "hidden_size": 24, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
 }  # fmt: skip
 VARIANTS = {
     "plain": {},
