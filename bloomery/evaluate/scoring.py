@@ -30,11 +30,6 @@ class Answer:
     verdict: Verdict
 
     @property
-    def correct(self) -> bool:
-        """Whether it earned the full score."""
-        return self.verdict.score is not None and self.verdict.score >= 1
-
-    @property
     def tokens(self) -> int:
         """Tokens written, the one that ended it included."""
         return len(self.completion.token_ids)
@@ -45,7 +40,7 @@ class Answer:
 
         None where no answer can be read.
         """
-        if self.correct:
+        if self.verdict.correct:
             return "right"
         if self.verdict.status in _UNREADABLE:
             return None
@@ -152,8 +147,8 @@ def _ks(num_samples: int) -> list[int]:
 
 
 def _right(problem: Sequence[Answer]) -> int:
-    return sum(answer.correct for answer in problem)
+    return sum(answer.verdict.correct for answer in problem)
 
 
 def _majority(problem: Sequence[Answer], k: int) -> float:
-    return statistics.majority_at_k([a.vote for a in problem], [a.correct for a in problem], k)
+    return statistics.majority_at_k([a.vote for a in problem], [a.verdict.correct for a in problem], k)

@@ -33,11 +33,6 @@ class Sample:
     verdict: Verdict
 
     @property
-    def correct(self) -> bool:
-        """Whether it earned the full score."""
-        return self.verdict.score is not None and self.verdict.score >= 1
-
-    @property
     def tokens(self) -> int:
         """Tokens written, the one that ended it included."""
         return len(self.completion.token_ids)
@@ -78,13 +73,13 @@ class Rollouts:
         flat = degenerate(self.rewards, self.valid)
         solved = (self.rewards * self.valid).sum(-1) > 0
         found = {
-            "accuracy": _mean([s.correct for s in judged]),
+            "accuracy": _mean([s.verdict.correct for s in judged]),
             "reward": _mean([s.verdict.score or 0.0 for s in judged]),
             "groups_all_wrong": (flat & ~solved).double().mean().item(),
             "groups_all_right": (flat & solved).double().mean().item(),
             "completion_tokens": _mean([s.tokens for s in self.samples]),
-            "completion_tokens/right": _mean([s.tokens for s in judged if s.correct]),
-            "completion_tokens/wrong": _mean([s.tokens for s in judged if not s.correct]),
+            "completion_tokens/right": _mean([s.tokens for s in judged if s.verdict.correct]),
+            "completion_tokens/wrong": _mean([s.tokens for s in judged if not s.verdict.correct]),
             "truncated": _mean([s.completion.finish_reason == "length" for s in self.samples]),
         }
         return {k: v for k, v in (found | self._by_source(judged) | self._statuses()).items() if v is not None}
@@ -93,7 +88,9 @@ class Rollouts:
         names = sorted({s.prompt.source for s in judged})
         if len(names) < 2:
             return {}
-        return {f"accuracy/{name}": _mean([s.correct for s in judged if s.prompt.source == name]) for name in names}
+        return {
+            f"accuracy/{name}": _mean([s.verdict.correct for s in judged if s.prompt.source == name]) for name in names
+        }
 
     def _statuses(self) -> dict[str, float]:
         counts = Counter(s.verdict.status for s in self.samples)

@@ -18,6 +18,11 @@ class Verdict:
     status: Status
     reason: str = ""
 
+    @property
+    def correct(self) -> bool:
+        """Whether the completion earned the full score."""
+        return self.score is not None and self.score >= 1
+
     @classmethod
     def of(cls, status: Status, reason: str = "") -> "Verdict":
         """The verdict with the score that belongs to its status."""
