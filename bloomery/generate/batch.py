@@ -15,8 +15,8 @@ from bloomery.generate.prefill import Prefilled, Waiting
 from bloomery.generate.request import Completion, FinishReason
 from bloomery.generate.sampling import RowSettings, SamplingParams, sample, uniforms
 from bloomery.generate.stopping import Decode, StopStrings, cut
-from bloomery.model.decoder import Decoder
 from bloomery.model.state import DecodeState
+from bloomery.model.step import Step
 
 
 @dataclass
@@ -101,8 +101,8 @@ class Batch:
     """Live sequences, and what is done to them: each of `admit`, `decode`, `abort` returns what ended, as
     (index, Completion)."""
 
-    def __init__(self, model: Decoder, state: DecodeState, rows: Rows, text_of: Decode | None, weight_version: int):
-        self._model, self._state, self._rows, self._text_of = model, state, rows, text_of
+    def __init__(self, step: Step, state: DecodeState, rows: Rows, text_of: Decode | None, weight_version: int):
+        self._step, self._state, self._rows, self._text_of = step, state, rows, text_of
         self.weight_version = weight_version
         self._live: list[Live] = []
 
@@ -122,11 +122,14 @@ class Batch:
         self._reshape()
         return finished
 
+    def renew(self, step: Step, weight_version: int) -> None:
+        """Go on with new weights."""
+        self._step, self.weight_version = step, weight_version
+
     @torch.inference_mode()
     def decode(self) -> list[tuple[int, Completion]]:
         """One step: feed each row's last token, draw its next."""
-        hidden = self._model(self._window.rows.last, state=self._memory)
-        finished = self._retire(self._window.draw(self._model.lm_head(hidden[:, 0])))
+        finished = self._retire(self._window.draw(self._step(self._window.rows.last, self._memory)))
         if finished:
             self._reshape()
         return finished

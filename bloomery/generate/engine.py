@@ -10,6 +10,7 @@ from bloomery.generate.request import Completion, Request, check_requests
 from bloomery.generate.stopping import Decode
 from bloomery.model.decoder import Decoder
 from bloomery.model.state import DecodeState
+from bloomery.model.step import Step
 
 
 class Engine:
@@ -56,7 +57,7 @@ class Engine:
         device = next(self.model.parameters()).device
         state, self._idle = self._idle or self._allocate(self.max_batch, self.max_tokens), None
         rows = Rows.allocate(min(self.max_batch, len(requests)), [request.params for request in requests], device)
-        batch = Batch(self.model, state, rows, self._decode, self.weight_version)
+        batch = Batch(Step(self.model), state, rows, self._decode, self.weight_version)
         reader = PromptReader(self.model, self._allocate, self._prefill_tokens, device)
         waiting = _queue(requests)
         was_training = self.model.training
@@ -65,7 +66,7 @@ class Engine:
             while waiting or len(batch):
                 if batch.weight_version != self.weight_version:
                     finished = batch.abort()
-                    batch.weight_version = self.weight_version
+                    batch.renew(Step(self.model), self.weight_version)
                     reader.forget()
                 elif waiting and len(batch) < self.max_batch:
                     finished = self._admit(batch, reader, waiting)

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from bloomery.model.config import ModelConfig
 from bloomery.model.context import Context
-from bloomery.model.norm import RMSNorm
+from bloomery.model.folded import AddedLinear, NormedLinear
+from bloomery.model.norm import RMSNorm, rms_norm
 from bloomery.model.rope import rotate, rotate_few
 from bloomery.model.state import KeyValueCache
 
@@ -18,8 +19,6 @@ class AttentionCore(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         """query (batch, heads, seq, head_dim), key and value (batch, key_value_heads, total, head_dim) → like query."""
-        if query.shape[2] == 1 and query.device.type == "cpu":
-            return _one_query(query, key, value, context.mask)
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query,
@@ -29,18 +28,6 @@ class AttentionCore(nn.Module):
             is_causal=context.causal and query.shape[2] > 1,
             enable_gqa=grouped,
         )
-
-
-def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Decoding on a CPU: two batched products take half the time of the fused kernel, made for many queries."""
-    batch, heads, _, head_dim = query.shape
-    key_value_heads, total = key.shape[1:3]
-    grouped = (query * head_dim**-0.5).reshape(batch * key_value_heads, -1, head_dim)
-    scores = torch.bmm(grouped, key.flatten(0, 1).transpose(1, 2))
-    if mask is not None:
-        scores = scores.view(batch, heads, total).masked_fill(~mask[:, 0], -math.inf).view_as(scores)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
-    return torch.bmm(weights, value.flatten(0, 1)).view(query.shape)
 
 
 class Attention(nn.Module):
@@ -60,8 +47,6 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
         """x (batch, seq, hidden) → the same shape; `cache` is extended by the new tokens and attended to."""
-        if cache is not None and context.seq == 1:
-            return self._step(x[:, 0], context, cache).unsqueeze(1)
         query, key, value = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -72,16 +57,9 @@ class Attention(nn.Module):
             key, value = _extend(cache, key, value, context)
         return self.o_proj(self.core(query, key, value, context).transpose(1, 2).flatten(2))
 
-    def _step(self, x: Tensor, context: Context, cache: KeyValueCache) -> Tensor:
-        """One token a row, x (batch, hidden): few calls, as on small models each costs as much as its arithmetic."""
-        query, key, value = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if context.rope is not None:
-            both = rotate_few(torch.cat([query, key], 1), *context.whole_rope)
-            query, key = both.split([query.shape[1], key.shape[1]], 1)
-        keys, values = _extend(cache, key.unsqueeze(2), value.unsqueeze(2), context)
-        return self.o_proj(self.core(query.unsqueeze(2), keys, values, context).flatten(1))
+    def step(self, norm: RMSNorm) -> "AttentionStep":
+        """x += self(norm(x)) for one token a row, with the weights of now."""
+        return AttentionStep(self, norm)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)
@@ -89,12 +67,62 @@ class Attention(nn.Module):
 
 def _extend(cache: KeyValueCache, key: Tensor, value: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """Writes the new keys and values after the held ones and returns all up to the longest row."""
-    for buffer, new in ((cache.keys, key), (cache.values, value)):
+    if context.aligned:
+        cache.keys[..., context.held : context.total] = key.transpose(2, 3)
+        cache.values[:, :, context.held : context.total] = value
+        if context.held == 0:
+            return key, value
+    else:
+        rows = torch.arange(context.batch, device=key.device)[:, None]
+        cache.keys[rows, :, :, context.positions] = key.transpose(1, 2)
+        cache.values[rows, :, context.positions] = value.transpose(1, 2)
+    return cache.keys[..., : context.total].transpose(2, 3), cache.values[:, :, : context.total]
+
+
+class AttentionStep:
+    """x += attention(norm(x)) for one token a row, in few calls: on small models each costs as much as its arithmetic.
+
+    Two batched products take a fraction of the time of the fused kernel, which is made for many queries.
+    """
+
+    def __init__(self, attention: Attention, norm: RMSNorm):
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+        self._into = NormedLinear(norm, [query, key, value])
+        self._out = AddedLinear(attention.o_proj)
+        self._head_dim = attention.head_dim
+        self._heads, self._key_heads = (linear.out_features // attention.head_dim for linear in (query, key))
+        self._head_norm = self._eps = None
+        if attention.q_norm is not None and attention.k_norm is not None:
+            weights = [
+                attention.q_norm.weight.expand(self._heads, -1),
+                attention.k_norm.weight.expand(self._key_heads, -1),
+            ]
+            self._head_norm, self._eps = torch.cat(weights).float(), attention.q_norm.eps
+
+    def __call__(self, x: Tensor, context: Context, cache: KeyValueCache) -> Tensor:
+        """x (batch, hidden) → x; `cache` is extended and attended to."""
+        turned = self._heads + self._key_heads
+        heads = self._into(x).view(len(x), -1, self._head_dim)
+        both, value = heads[:, :turned], heads[:, turned:]
+        if self._head_norm is not None:
+            both = rms_norm(both.float(), self._head_norm, self._eps).to(x.dtype)
+        if context.rope is not None:
+            both = rotate_few(both, *context.whole_rope).to(x.dtype)
+        query = (both[:, : self._heads] * self._head_dim**-0.5).view(len(x) * self._key_heads, -1, self._head_dim)
+        self._append(both[:, self._heads :], value, context, cache)
+        scores = torch.bmm(query, cache.keys[..., : context.total].flatten(0, 1))
+        if context.mask is not None:
+            seen = context.mask[:, 0]
+            scores = scores.view(len(x), -1, context.total).masked_fill(~seen, -math.inf).view_as(scores)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(x.dtype)
+        return self._out(x, torch.bmm(weights, cache.values[:, :, : context.total].flatten(0, 1)).view(len(x), -1))
+
+    def _append(self, key: Tensor, value: Tensor, context: Context, cache: KeyValueCache) -> None:
+        """key and value (batch, key_value_heads, head_dim) go after what each row holds."""
         if context.aligned:
-            buffer[:, :, context.held : context.total] = new
-        elif context.seq == 1:
-            buffer.view(-1, buffer.shape[-1]).index_copy_(0, context.cache_rows(buffer.shape[1]), new.flatten(0, 2))
+            cache.keys[..., context.held] = key
+            cache.values[:, :, context.held] = value
         else:
-            rows = torch.arange(context.batch, device=new.device)[:, None]
-            buffer[rows, :, context.positions] = new.transpose(1, 2)
-    return cache.keys[:, :, : context.total], cache.values[:, :, : context.total]
+            rows = torch.arange(len(key), device=key.device)
+            cache.keys[rows, :, :, context.starts] = key
+            cache.values[rows, :, context.starts] = value

@@ -1,6 +1,6 @@
 """What every layer of one forward call shares: documents, positions, masks. Built once a call, not once a layer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -28,7 +28,6 @@ class Context:
     held: int = 0
     aligned: bool = True
     rope: tuple[Tensor, Tensor] | None = None
-    max_tokens: int = field(default=0)
 
     @classmethod
     def build(
@@ -44,7 +43,7 @@ class Context:
         context = cls(batch, seq, input_ids.device, segment_ids, lengths, sliding_window)
         if state is not None:
             low, high = state.lengths.aminmax()
-            context.starts, context.held, context.max_tokens = state.lengths, int(high), state.max_tokens
+            context.starts, context.held = state.lengths, int(high)
             context.aligned = int(low) == context.held
         return context
 
@@ -98,15 +97,3 @@ class Context:
         if self.lengths is None:
             return None
         return torch.arange(self.seq, device=self.device) < self.lengths[:, None]
-
-    def cache_rows(self, heads: int) -> Tensor:
-        """Rows of a key cache seen as (batch · heads · max_tokens, head_dim) where this call's single token goes."""
-        if heads not in self._rows:
-            assert self.starts is not None
-            slots = torch.arange(self.batch * heads, device=self.device).view(self.batch, heads)
-            self._rows[heads] = (slots * self.max_tokens + self.starts[:, None]).flatten()
-        return self._rows[heads]
-
-    @cached_property
-    def _rows(self) -> dict[int, Tensor]:
-        return {}

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from bloomery.model.config import ModelConfig
 from bloomery.model.context import Context
 from bloomery.model.conv import causal_conv
-from bloomery.model.norm import GatedRMSNorm
+from bloomery.model.folded import AddedLinear, NormedLinear, to_unit_length
+from bloomery.model.norm import GatedRMSNorm, RMSNorm
 from bloomery.model.scan import ChunkedScan
 from bloomery.model.state import MambaCache
 
@@ -42,49 +43,25 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache: MambaCache | None = None) -> Tensor:
         """x (batch, seq, hidden) → the same shape; `cache` is read as what came before and moved on."""
-        if cache is not None and context.seq == 1:
-            return self._step(x[:, 0], cache).unsqueeze(1)
         z, conv_in, dt = self.in_proj(x).split(self.config.mamba_in_proj_sizes, dim=-1)
         left = None if cache is None else cache.conv
         mixed = causal_conv(conv_in, self.conv1d.weight[:, 0], self.conv1d.bias, left, context.segment_ids)
-        inputs, B, C = self._split(mixed)
-        dt = self._time_steps(dt)
+        inputs, B, C = self.split(mixed)
+        dt = self.time_steps(dt)
         if context.valid is not None:
             dt = dt * context.valid.unsqueeze(-1)
-        start = None if cache is None else cache.ssm
-        y, final = self.scan(inputs, dt, self._A(), B, C, self.D.float(), context.segment_ids, start)
+        start = None if cache is None else self._by_head(cache.ssm).flatten(1, 2)
+        y, final = self.scan(inputs, dt, self.decay_rates(), B, C, self.D.float(), context.segment_ids, start)
         if cache is not None:
-            cache.ssm.copy_(final)
+            self._by_head(cache.ssm).copy_(final.unflatten(1, (self.config.n_groups, -1)))
             cache.conv.copy_(_last_columns(cache.conv, conv_in, context.lengths))
         return self.out_proj(self.norm(y.flatten(2), z))
 
-    def _step(self, x: Tensor, cache: MambaCache) -> Tensor:
-        """One token a row, x (batch, hidden): the recurrence itself, in place."""
-        z, conv_in, dt = self.in_proj(x).split(self.config.mamba_in_proj_sizes, dim=-1)
-        inputs, B, C = self._split(self._conv_step(conv_in, cache.conv).float())
-        dt = self._time_steps(dt)
-        state = cache.ssm.mul_((dt * self._A()).exp()[..., None, None])
-        batch, groups, columns = B.shape
-        grouped = state.view(batch * groups, -1, columns)  # a group's channels share B and C
-        update = (inputs * dt.unsqueeze(-1)).view(batch * groups, -1, 1)
-        grouped.addcmul_(update, B.reshape(batch * groups, 1, columns))
-        y = torch.bmm(C.reshape(batch * groups, 1, columns), grouped.transpose(1, 2)).view(inputs.shape)
-        y = torch.addcmul(y, inputs, self.D.unsqueeze(-1))
-        return self.out_proj(self.norm(y.flatten(1), z))
+    def step(self, norm: RMSNorm) -> "MambaStep":
+        """x += self(norm(x)) for one token a row, with the weights of now."""
+        return MambaStep(self, norm)
 
-    def _conv_step(self, new: Tensor, held: Tensor) -> Tensor:
-        """SiLU of the convolution at one new column (batch, channels); `held` (batch, K − 1, channels) moves on."""
-        taps = self.conv1d.weight[:, 0].T.contiguous()
-        bias = self.conv1d.bias
-        mixed = new * taps[-1] if bias is None else torch.addcmul(bias, new, taps[-1])
-        columns = [*held.unbind(1), new]
-        for column, tap in zip(columns[:-1], taps[:-1], strict=True):
-            mixed.addcmul_(column, tap)
-        for column, following in pairwise(columns):
-            column.copy_(following)
-        return F.silu(mixed, inplace=True)
-
-    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convolution output → x (…, heads, head_dim), B and C (…, groups, state)."""
         shared = self.config.n_groups * self.config.ssm_state_size
         x, B, C = mixed.split([self.config.mamba_inner_size, shared, shared], dim=-1)
@@ -92,12 +69,16 @@ class Mamba(nn.Module):
         groups = (*before, self.config.n_groups, self.config.ssm_state_size)
         return x.view(*before, -1, self.config.mamba_head_dim), B.view(groups), C.view(groups)
 
-    def _time_steps(self, raw: Tensor) -> Tensor:
+    def _by_head(self, ssm: Tensor) -> Tensor:
+        """A memory (batch, groups, state, channels) seen as (batch, groups, heads of a group, head_dim, state)."""
+        return ssm.unflatten(-1, (-1, self.config.mamba_head_dim)).permute(0, 1, 3, 4, 2)
+
+    def time_steps(self, raw: Tensor) -> Tensor:
         dt = F.softplus(raw.float() + self.dt_bias)
         low, high = self.config.time_step_limit
         return dt if low == 0 and high == math.inf else dt.clamp(low, high)
 
-    def _A(self) -> Tensor:
+    def decay_rates(self) -> Tensor:
         return -self.A_log.float().exp()
 
 
@@ -109,3 +90,45 @@ def _last_columns(held: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
         return both[:, both.shape[1] - width :]
     columns = lengths[:, None] + torch.arange(width, device=new.device)
     return both.gather(1, columns[:, :, None].expand(-1, -1, new.shape[-1]))
+
+
+class MambaStep:
+    """x += mamba(norm(x)) for one token a row: the recurrence itself, in place."""
+
+    def __init__(self, mamba: Mamba, norm: RMSNorm):
+        self._mamba, self._sizes, self._groups = mamba, mamba.config.mamba_in_proj_sizes, mamba.config.n_groups
+        self._into = NormedLinear(norm, [mamba.in_proj])
+        self._taps = mamba.conv1d.weight[:, 0].T.contiguous()
+        self._rates, self._D = mamba.decay_rates(), mamba.D.float().unsqueeze(-1)
+        size = mamba.config.mamba_inner_size // self._groups
+        self._eps = torch.tensor(mamba.norm.eps * size, device=self._taps.device)
+        self._out = AddedLinear(mamba.out_proj, mamba.norm.weight.float() * math.sqrt(size))
+
+    def __call__(self, x: Tensor, context: Context, cache: MambaCache) -> Tensor:
+        """x (batch, hidden) → x; `cache` moves on."""
+        z, conv_in, dt = self._into(x).split(self._sizes, dim=-1)
+        inputs, B, C = self._mamba.split(self._conv(conv_in, cache.conv).float())
+        y = self._recur(inputs, self._mamba.time_steps(dt), B, C, cache.ssm)
+        y = torch.addcmul(y, inputs, self._D).view(len(x), self._groups, -1)
+        gated = y.mul_(F.silu(z.float()).view(y.shape))
+        return self._out(x, to_unit_length(gated, self._eps).view(len(x), -1).to(x.dtype))
+
+    def _recur(self, inputs: Tensor, dt: Tensor, B: Tensor, C: Tensor, ssm: Tensor) -> Tensor:
+        """The state's update and what C reads from it, (batch, heads, head_dim). A group's channels share B and C."""
+        state = ssm.view(-1, *ssm.shape[2:])
+        rows, columns, channels = state.shape
+        decay = (dt * self._rates).exp_().unsqueeze(-1).expand_as(inputs).reshape(rows, 1, channels)
+        update = (inputs * dt.unsqueeze(-1)).view(rows, 1, channels)
+        state.mul_(decay).addcmul_(B.reshape(rows, columns, 1), update)
+        return torch.bmm(C.reshape(rows, 1, columns), state).view(inputs.shape)
+
+    def _conv(self, new: Tensor, held: Tensor) -> Tensor:
+        """SiLU of the convolution at one new column (batch, channels); `held` (batch, K − 1, channels) moves on."""
+        taps, bias = self._taps, self._mamba.conv1d.bias
+        mixed = new * taps[-1] if bias is None else torch.addcmul(bias, new, taps[-1])
+        columns = [*held.unbind(1), new]
+        for column, tap in zip(columns[:-1], taps[:-1], strict=True):
+            mixed.addcmul_(column, tap)
+        for column, following in pairwise(columns):
+            column.copy_(following)
+        return F.silu(mixed, inplace=True)

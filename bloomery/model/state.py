@@ -12,7 +12,8 @@ from bloomery.model.config import ModelConfig
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of one attention layer, each (batch, key_value_heads, max_tokens, head_dim)."""
+    """Of one attention layer: keys (batch, key_value_heads, head_dim, max_tokens), so that a query's products with all
+    of them run along memory, and values (batch, key_value_heads, max_tokens, head_dim)."""
 
     keys: Tensor
     values: Tensor
@@ -21,14 +22,15 @@ class KeyValueCache:
     def allocate(
         cls, config: ModelConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype
     ) -> Self:
-        shape = batch, config.num_key_value_heads, max_tokens, config.head_dim
-        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+        values = torch.zeros(batch, config.num_key_value_heads, max_tokens, config.head_dim, device=device, dtype=dtype)
+        return cls(torch.zeros_like(values.mT, memory_format=torch.contiguous_format), values)
 
 
 @dataclass
 class MambaCache:
     """Of one Mamba-2 layer: the last raw convolution inputs (batch, conv_kernel − 1, conv channels) in the model's
-    dtype, and the state (batch, heads, head_dim, state) in float32: a 16-bit state drifts over long generations."""
+    dtype, and the state (batch, groups, state, channels of a group) in float32: a 16-bit state drifts over long
+    generations."""
 
     conv: Tensor
     ssm: Tensor
@@ -37,7 +39,7 @@ class MambaCache:
     def allocate(
         cls, config: ModelConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype
     ) -> Self:
-        ssm = batch, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
+        ssm = batch, config.n_groups, config.ssm_state_size, config.mamba_inner_size // config.n_groups
         conv = batch, config.conv_kernel - 1, config.mamba_conv_size
         return cls(torch.zeros(conv, device=device, dtype=dtype), torch.zeros(ssm, device=device, dtype=torch.float32))
 
@@ -101,7 +103,7 @@ class DecodeState:
             raise ValueError(f"put: a row holds {held} tokens, this state has room for {self.max_tokens}")
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             if isinstance(mine, KeyValueCache) and isinstance(theirs, KeyValueCache):
-                mine.keys[slots, :, :held] = theirs.keys[:, :, :held]
+                mine.keys[slots, :, :, :held] = theirs.keys[..., :held]
                 mine.values[slots, :, :held] = theirs.values[:, :, :held]
             elif isinstance(mine, MambaCache) and isinstance(theirs, MambaCache):
                 mine.conv[slots] = theirs.conv

@@ -222,6 +222,21 @@ def test_two_open_streams_do_not_share_rows():
     assert results[1] == {i: expected([10 + i], 3 + i) for i in range(4)}
 
 
+@pytest.mark.parametrize("change", [lambda p: p.mul_(-1), lambda p: p.data.mul_(-1)], ids=["in place", "through .data"])
+@torch.no_grad()
+def test_changed_weights_are_used_even_without_sync(change):
+    torch.manual_seed(0)
+    decoder = Decoder(hybrid())
+    engine, requests = Engine(decoder, 2, 40), [Request([1, 2, 3], greedy(20))]
+    before = engine.generate(requests)[0].token_ids
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            change(parameter)
+    after = engine.generate(requests)[0].token_ids
+    assert after != before
+    assert after == Engine(decoder, 2, 40).generate(requests)[0].token_ids
+
+
 def test_weights_that_are_not_numbers_stop_the_run():
     model = Adder()
     model.lm_head.weight.data[3, 3] = float("nan")

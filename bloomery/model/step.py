@@ -1,0 +1,63 @@
+"""Decoding as a flat list of steps: one token a row, no modules, weights prepared once."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bloomery.model.attention import Attention, AttentionCore
+from bloomery.model.context import Context
+from bloomery.model.decoder import Decoder, Layer
+from bloomery.model.folded import NormedLinear
+from bloomery.model.layers import MLP
+from bloomery.model.mamba import Mamba
+from bloomery.model.norm import GatedRMSNorm, RMSNorm
+from bloomery.model.scan import ChunkedScan
+from bloomery.model.state import Cache, DecodeState
+
+LayerStep = Callable[[Tensor, Context, Cache], Tensor]
+_ORIGINAL = {
+    Decoder, Layer, Attention, Mamba, MLP, AttentionCore, ChunkedScan, RMSNorm, GatedRMSNorm,
+    nn.Embedding, nn.Linear, nn.Conv1d, nn.ModuleList,
+}  # fmt: skip
+
+
+class Step:
+    """Logits of the next token, from a copy of the weights as they are now.
+
+    A layer with experts, or with anything replaced or hooked, is called as it is: nothing of it may be bypassed.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Decoder):
+        self._model = model
+        layers = set(model.layers.modules()) if isinstance(model, Decoder) else set()
+        self._flat = all(_is_original(module) for module in model.modules() if module not in layers)
+        if self._flat:
+            self._layers = [_layer_step(layer) for layer in model.layers]
+            self._head = NormedLinear(model.norm, [model.lm_head])
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """tokens (batch, 1) int64 → (batch, vocab); `state` moves on by one token."""
+        if not self._flat:
+            return self._model.lm_head(self._model(tokens, state=state)[:, 0])
+        model = self._model
+        context = Context.build(tokens, None, state, None, model.config.sliding_window)
+        if model.rope is not None:
+            context.rope = model.rope(context.positions, context.total)
+        hidden = model.embeddings.weight.index_select(0, tokens[:, 0])
+        for step, cache in zip(self._layers, state.layers, strict=True):
+            hidden = step(hidden, context, cache)
+        state.lengths += 1
+        return self._head(hidden)
+
+
+def _layer_step(layer: Layer) -> LayerStep:
+    if all(_is_original(module) for module in layer.modules()):
+        return layer.mixer.step(layer.norm)
+    return lambda x, context, cache: layer(x.unsqueeze(1), context, cache)[:, 0]
+
+
+def _is_original(module: nn.Module) -> bool:
+    return type(module) in _ORIGINAL and not (module._forward_hooks or module._forward_pre_hooks)
