@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Take a language model through its whole life, from raw text to an evaluated, exported reasoner.",
 )  # fmt: skip
 
+INTERRUPTED = 130
 UsageError = typer.BadParameter.__mro__[1]  # typer does not re-export it
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, as key=value", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
@@ -37,9 +38,10 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; run the same command to continue where it stopped", 130)
-    else:
-        sys.exit(code or 0)
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _fail("interrupted; run the same command to continue where it stopped", INTERRUPTED)
+    sys.exit(code or 0)
 
 
 def _fail(message: str, code: int) -> None:

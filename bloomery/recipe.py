@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -177,10 +178,11 @@ def run_stage(step: Step) -> None:
     child = context.Process(target=_child, args=(step, sender, os.getpid()))
     child.start()
     sender.close()
-    error = _wait(child, receiver)
-    if error is not None:
-        raise error
-    if child.exitcode == 130:
+    interrupted = _wait(child)
+    if receiver.poll():
+        with suppress(EOFError):  # the child ended without a word
+            raise receiver.recv()
+    if interrupted or child.exitcode == 130:
         raise KeyboardInterrupt
     if child.exitcode:
         how = f"by signal {-child.exitcode}" if child.exitcode < 0 else f"with exit code {child.exitcode}"
@@ -188,20 +190,25 @@ def run_stage(step: Step) -> None:
         raise BloomeryError(f"{step.name}: the stage's process ended {how}{hint}. Run the same command to resume it")
 
 
-def _wait(child: Any, receiver: multiprocessing.connection.Connection) -> BloomeryError | None:
-    """Wait through interrupts: the child saves its state first."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+def _wait(child: Any) -> bool:
+    """Wait for the child through interrupts, as it saves its state first; True when there was one.
+
+    The handlers only take note: an exception in the middle of the wait could lose the child's exit code.
+    """
+    interrupts: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        interrupts.append(number)
+        if number == signal.SIGTERM:
+            child.terminate()  # a terminal sends its interrupt to both, a scheduler only to us
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while True:
-            try:
-                child.join()
-                return receiver.recv() if receiver.poll() else None
-            except KeyboardInterrupt:
-                say("interrupted: saving, then stopping (interrupt again to stop at once)")
-            except EOFError:
-                return None
+        child.join()
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return bool(interrupts)
 
 
 def _child(step: Step, sender: multiprocessing.connection.Connection, parent: int) -> None:
@@ -209,6 +216,7 @@ def _child(step: Step, sender: multiprocessing.connection.Connection, parent: in
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never go on as an orphan
         if os.getppid() != parent:
             os._exit(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         stage_module(step.stage).run(step.config, step.out)
