@@ -22,7 +22,7 @@ SHORT = [
     "rl.loop.max_steps=6", "rl.loop.checkpoint_every_steps=1",
     "eval-base.max_problems=32", "eval-sft.max_problems=32", "eval-rl.max_problems=32",
 ]  # fmt: skip
-"""Settings that keep every stage and shrink it: enough learning for some answers to be right, so that RL has a signal."""
+"""Keeps every stage and shrinks it; some answers are right by then, so that RL has a signal."""
 TIMING = {"seconds", "tokens_per_second", "milliseconds"}
 
 
