@@ -84,8 +84,14 @@ def check(recipe_file: Path, overrides: Overrides = None, as_json: AsJson = Fals
         return
     for name, finding in findings.items():
         typer.echo(f"{name}  ({finding.pop('stage')})")
-        typer.echo("".join(f"  {key}: {_shown(value)}\n" for key, value in finding.items()), nl=False)
+        typer.echo("".join(f"  {_line(key, value)}\n" for key, value in finding.items()), nl=False)
     typer.echo(f"\n{recipe_file}: {len(steps)} stages, all settings are valid; output goes to {folder}")
+
+
+def _line(name: str, value: Any) -> str:
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{name.removesuffix('_bytes')}: {value / 2**20:,.1f} MiB"
+    return f"{name}: {_shown(value)}"
 
 
 def _shown(value: Any) -> str:

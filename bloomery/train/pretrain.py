@@ -58,29 +58,26 @@ class PretrainConfig(Config):
 
 
 def check(config: PretrainConfig) -> dict[str, Any]:
-    """Size, memory, work and data of the run, without making the model; raises what `run` would refuse at its start.
+    """Size, memory and work of the run, without making the model; raises what `run` would refuse at its start.
 
-    Where the tokens do not exist yet, rows are taken to be as long as the model allows, or sizes are left out.
+    Before the tokens exist, what depends on their vocabulary or row length is left out.
     """
     loop = config.loop
+    found: dict[str, Any] = {"steps": loop.max_steps, "sequences": loop.max_steps * loop.batch_size}
     built = (Path(config.tokens) / artifact.MANIFEST).is_file()
     if not built and not (config.model and config.model.vocab_size):
-        return {"steps": loop.max_steps, "sequences": loop.max_steps * loop.batch_size}
+        return found
     model = _model_config(config, _tokenizer(config)) if built else build(ModelConfig, config.model.model_dump())  # type: ignore[union-attr]
     hf.export_config(model)
-    seq_len = _checked_rows(config, model).seq_len if built else model.max_position_embeddings
-    tokens = loop.max_steps * loop.batch_size * seq_len
     parameters = model.count_parameters()
-    return {
-        "parameters": parameters,
-        "active_parameters": model.count_parameters(active=True),
-        "steps": loop.max_steps,
-        "sequences": loop.max_steps * loop.batch_size,
-        "tokens": tokens,
-        "flops": model.flops_per_token(seq_len) * tokens,
-        "state_bytes": state_bytes(parameters),
-        "activation_bytes": activation_bytes(model, loop.micro_batch_size, seq_len, loop.activation_checkpointing),
-    }
+    found |= {"parameters": parameters, "active_parameters": model.count_parameters(active=True)}
+    found |= {"state_bytes": state_bytes(parameters)}
+    if not built:
+        return found
+    seq_len = _checked_rows(config, model).seq_len
+    tokens = loop.max_steps * loop.batch_size * seq_len
+    activations = activation_bytes(model, loop.micro_batch_size, seq_len, loop.activation_checkpointing)
+    return found | {"activation_bytes": activations, "tokens": tokens, "flops": model.flops_per_token(seq_len) * tokens}
 
 
 def run(config: PretrainConfig, out: Path) -> Manifest:
