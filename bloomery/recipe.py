@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -228,11 +228,30 @@ def _child(step: Step, sender: multiprocessing.connection.Connection, parent: in
 
 
 def check(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
-    """What each stage can say before it runs: sizes, memory, tokens, the first batch. Nothing is written."""
-    return {step.name: check_stage(step) for step in steps}
+    """What each stage can say before it runs: sizes, memory, tokens, the first batch. Nothing is written.
+
+    Raises `ArtifactError` for an input that neither exists nor comes from an earlier stage.
+    """
+    names = {step.out: step.name for step in steps}
+    return {step.name: _check(step, names) for step in steps}
 
 
-def check_stage(step: Step) -> dict[str, Any]:
-    """A stage's own `check`, or just its name where it has none."""
+def _check(step: Step, names: Mapping[Path, str]) -> dict[str, Any]:
+    waits = []
+    for field, (kind, path) in configs.inputs(step.config).items():
+        if path not in names:
+            with _named(f"{step.name}.{field}"):
+                artifact.resolve(path, kind)
+        elif artifact.read_manifest(path, missing_ok=True) is None:
+            waits.append(names[path])
     module = stage_module(step.stage)
-    return {"stage": step.stage, **(module.check(step.config) if hasattr(module, "check") else {})}
+    found = {"stage": step.stage, **(module.check(step.config) if hasattr(module, "check") else {})}
+    return found | {"inputs": f"more is known once {', '.join(dict.fromkeys(waits))} has run"} if waits else found
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except BloomeryError as error:
+        raise type(error)(f"{where}: {error}") from None

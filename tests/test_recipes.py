@@ -123,6 +123,15 @@ def test_a_stage_dies_with_its_parent(tmp_path):
     pytest.fail("the stage went on without its parent")
 
 
-def test_check_asks_each_stage(tmp_path):
+def test_check_asks_each_stage_and_says_what_it_waits_for(tmp_path):
     _, steps = load(tmp_path, CHAIN)
-    assert recipe.check(steps) == {name: {"stage": "toy", "tokens": 3} for name in ("first", "last")}
+    assert recipe.check(steps) == {
+        "first": {"stage": "toy", "tokens": 3},
+        "last": {"stage": "toy", "tokens": 3, "inputs": "more is known once first has run"},
+    }
+
+
+def test_check_refuses_an_input_that_nobody_makes(tmp_path):
+    _, steps = load(tmp_path, f"stages: {{a: {{stage: toy, data: {tmp_path}/lost}}}}")
+    with pytest.raises(ArtifactError, match=r"a.data: .*lost: no such folder"):
+        recipe.check(steps)
