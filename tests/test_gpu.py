@@ -1,0 +1,59 @@
+"""What must also hold on a GPU: the same logits, training in bf16, generation. Skipped where there is none."""
+
+import pytest
+import torch
+
+from bloomery.generate import Engine, Request, SamplingParams
+from bloomery.model.config import ModelConfig
+from bloomery.model.decoder import Decoder
+from bloomery.train.loop import LoopConfig, TrainState, steps
+from bloomery.train.losses import next_token
+from bloomery.train.optim import adamw
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+HYBRID = ModelConfig(
+    pattern="M-*-M-", vocab_size=256, hidden_size=128, intermediate_size=256, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, mamba_num_heads=8, mamba_head_dim=32, ssm_state_size=32, chunk_size=32,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Decoder(HYBRID)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(256, (4, 97), generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_equal_those_of_the_cpu(model, ids):
+    with torch.no_grad():
+        expected = model.lm_head(model(ids))
+        found = model.cuda().lm_head(model(ids.cuda())).cpu()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_loss_falls_in_bf16(model, ids):
+    loop = LoopConfig(max_steps=30, batch_size=4, learning_rate=3e-3, precision="bf16")
+    state = TrainState(model.cuda(), adamw(model, loop))
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    losses = [step.loss for step in steps(state, iter([[batch]] * 30), next_token, loop)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_greedy_text_follows_the_forward_pass(model, ids):
+    model = model.cuda().eval()
+    prompt = ids[0, :16].tolist()
+    [completion] = Engine(model, max_batch=2, max_tokens=64).generate(
+        [Request(prompt, SamplingParams(max_new_tokens=8, temperature=0.0))]
+    )
+    with torch.no_grad():
+        for number, token in enumerate(completion.token_ids):
+            context = torch.tensor([prompt + completion.token_ids[:number]], device="cuda")
+            logits = model.lm_head(model(context))[0, -1]
+            assert logits[token] > logits.max() - 1e-3
