@@ -17,7 +17,7 @@ DOCS = HERE.parent / "docs"
 
 def main(names: list[str]) -> None:
     chosen = names or sorted(
-        file.stem for file in HERE.glob("*.py") if file.stem not in ("peers",) and file.stem[0] != "_"
+        file.stem for file in HERE.glob("*.py") if file.stem not in ("figure", "peers") and file.stem[0] != "_"
     )
     figures = {figure["name"]: figure for figure in _previous()}
     for name in chosen:

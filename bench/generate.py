@@ -1,13 +1,14 @@
 """Sampling from a small model against `transformers.generate`.
 
 Same weights (the peer loads our export), same prompts, same dtype (float32), one thread, temperature 1 without filters.
+Both models have hidden size 128 and a vocabulary of 4,096: `generate/dense` a Llama of 4 layers (`*-*-`, 1.4 M
+parameters), `generate/hybrid` of 5 (`M-M*-`, 1.6 M); docs/generate.md says how the ratio moves with the shape.
 Both sides generate exactly NEW tokens for every prompt; no token ends a text. The peer runs with whichever of its cache
 implementations is fastest here, and without returning log-probabilities, which ours always computes.
 `python -m bench.generate [--quick]` prints one JSON line per figure: new tokens per second; ratio > 1: we are faster.
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from bloomery import artifact
+from bench.figure import figure
 from bloomery.generate import Engine, Request, SamplingParams
 from bloomery.model import hf
 from bloomery.model.config import ModelConfig, RopeConfig
@@ -85,23 +86,13 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     decoder = Decoder(MODELS[name])
     prompts = torch.randint(0, SIZES["vocab_size"], (BATCH, PROMPT), generator=torch.Generator().manual_seed(1))
     sides = {"ours": our_side(decoder, prompts), "peer": peer_side(decoder, prompts)}
-    times: dict[str, list[float]] = {side: [] for side in sides}
+    rates: dict[str, list[float]] = {side: [] for side in sides}
     for repeat in range(repeats + 1):
         for side, run in sides.items():
-            taken = seconds(run)
+            rate = BATCH * NEW / seconds(run)
             if repeat:  # the first is warm-up
-                times[side].append(taken)
-    rates = {side: BATCH * NEW / statistics.median(values) for side, values in times.items()}
-    ratios = [peer / ours for ours, peer in zip(times["ours"], times["peer"], strict=True)]
-    return {
-        "name": name,
-        "ours": round(rates["ours"], 1),
-        "peer": round(rates["peer"], 1),
-        "ratio": round(rates["ours"] / rates["peer"], 3),
-        "unit": "tokens/s",
-        "spread": f"{min(ratios):.2f}–{max(ratios):.2f}",
-        "versions": {p.__name__: p.__version__ for p in (torch, transformers)} | {"bloomery": artifact.version()},
-    }
+                rates[side].append(rate)
+    return figure(name, rates["ours"], rates["peer"], "tokens/s")
 
 
 def main() -> None:

@@ -3,10 +3,11 @@
 Same weights, prompts, group size and 0/1 reward, float32, fused AdamW, clipping, one thread each; both sides on-policy
 with group-normalised advantages, a token mean and no KL term. They take turns, step by step.
 
-`grpo/step`: a Llama of 2 M parameters, and every completion full (the end token lies outside the vocabulary). It is
-the peer's best case: more than half of our time is matrix products that both sides must do.
-`grpo/step_recipe`: the sizes of `recipes/tiny.yaml`, and completions end where the model ends them, after 28 of 64
-tokens on average, at equal odds on both sides; the recipe's own answers are 10 to 30 tokens long.
+`grpo/step`: the model of `recipes/tiny.yaml` (hybrid, vocabulary 512), prompts of 16 tokens and completions of 28, as
+long as the recipe's own are on average.
+`grpo/step_dense`: a Llama of 2 M parameters and completions of 64 tokens. It is the peer's best case: more than half of
+our time is matrix products that both sides must do.
+Every completion is full on both sides: the end token lies outside the vocabulary.
 
 TRL's settings are the fastest found for it on a CPU: its own `generate` loop, no gradient checkpointing, one
 micro-batch. Static caches, torch.compile and smaller micro-batches change nothing beyond noise; continuous
@@ -15,7 +16,6 @@ batching of transformers takes eight times as long. Its Mamba scan runs at chunk
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -29,8 +29,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from bench.figure import figure
 from bench.peers import Peer
-from bloomery import artifact
 from bloomery.data.pack import Batch
 from bloomery.data.prompts import Prompt
 from bloomery.generate.engine import Engine
@@ -50,11 +50,11 @@ LLAMA = ModelConfig(
     mlp_hidden_act="silu", num_attention_heads=6, num_key_value_heads=3, head_dim=32, rope=RopeConfig(),
 )  # fmt: skip
 HYBRID = ModelConfig(
-    pattern="M-M-*-M-", vocab_size=32, hidden_size=128, intermediate_size=256, num_attention_heads=4,
+    pattern="M-M-*-M-", vocab_size=512, hidden_size=128, intermediate_size=256, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, mamba_num_heads=8, mamba_head_dim=32, ssm_state_size=32, n_groups=1,
     chunk_size=32,
 )  # fmt: skip
-PROMPTS, GROUP, NEW_TOKENS = 8, 8, 64
+PROMPTS, GROUP = 8, 8
 LEARNING_RATE = 1e-4
 MICRO_BATCH = 16
 _PEER = Path(__file__).parent / "_grpo_trl.py"
@@ -62,20 +62,23 @@ _PEER = Path(__file__).parent / "_grpo_trl.py"
 
 @dataclass(frozen=True)
 class Case:
-    """One figure. `ends`: the model may write the end token, at about one position in `vocab_size`."""
+    """One figure: a model, and the exact lengths of every prompt and completion."""
 
     name: str
     model: ModelConfig
     prompt_tokens: int
-    ends: bool = False
+    new_tokens: int
 
 
-CASES = (Case("grpo/step", LLAMA, prompt_tokens=32), Case("grpo/step_recipe", HYBRID, prompt_tokens=16, ends=True))
+CASES = (
+    Case("grpo/step", HYBRID, prompt_tokens=16, new_tokens=28),
+    Case("grpo/step_dense", LLAMA, prompt_tokens=32, new_tokens=64),
+)
 
 
-def tokenizer(folder: Path, vocabulary: int, ends: bool) -> PreTrainedTokenizerFast:
-    """One token a word, `w0`, `w1` …; the end token is the model's last one, or one more that it cannot write."""
-    words = {f"w{number}": number for number in range(vocabulary - ends)}
+def tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
+    """One token a word, `w0`, `w1` …; the end token is one more than the model can write."""
+    words = {f"w{number}": number for number in range(vocabulary)}
     inner = Tokenizer(models.WordLevel(words | {"<end>": len(words)}, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.decoder = decoders.Fuse()
@@ -94,23 +97,21 @@ class InlineVerifier:
         return future
 
 
-def our_steps(
-    model: Decoder, prompts: list[Prompt], decode: Any, stop: tuple[int, ...], max_steps: int
-) -> Iterator[int]:
+def our_steps(model: Decoder, prompts: list[Prompt], new_tokens: int, decode: Any, max_steps: int) -> Iterator[int]:
     """One optimizer step a turn; yields the completion tokens of its rollouts."""
     rows = len(prompts) * GROUP
     loop = LoopConfig(max_steps=max_steps, batch_size=rows, learning_rate=LEARNING_RATE, weight_decay=0.0,
                       schedule="constant", precision="fp32")  # fmt: skip
-    engine = Engine(model, max_batch=rows, max_tokens=len(prompts[0].ids) + NEW_TOKENS, decode=decode)
+    engine = Engine(model, max_batch=rows, max_tokens=len(prompts[0].ids) + new_tokens, decode=decode)
     written: list[int] = []
 
     def batches() -> Iterator[list[Batch]]:
         for step in range(max_steps):
             engine.sync()
-            params = SamplingParams(max_new_tokens=NEW_TOKENS, stop_token_ids=stop)
+            params = SamplingParams(max_new_tokens=new_tokens)
             rollouts = roll_out(engine, InlineVerifier(), prompts, GROUP, params, (0, step))  # type: ignore[arg-type]
             written.append(sum(sample.tokens for sample in rollouts.samples))
-            yield micro_batches(rollouts, MICRO_BATCH, 0, "token_mean", NEW_TOKENS, keep_all=True)
+            yield micro_batches(rollouts, MICRO_BATCH, 0, "token_mean", new_tokens, keep_all=True)
 
     objective = PolicyGradient(temperature=1.0, max_logprob_gap=1e-3)
     for _ in steps(TrainState(model, adamw(model, loop)), batches(), objective, loop):
@@ -121,16 +122,17 @@ def measure(case: Case, repeats: int, **peer_settings: Any) -> dict[str, object]
     """One figure: medians of alternating steps, after one warm-up step each."""
     torch.manual_seed(0)
     vocabulary, model = case.model.vocab_size, Decoder(case.model)
-    ids = torch.randint(vocabulary - case.ends, (PROMPTS, case.prompt_tokens)).tolist()
+    ids = torch.randint(vocabulary, (PROMPTS, case.prompt_tokens)).tolist()
     rows = PROMPTS * GROUP
     with tempfile.TemporaryDirectory() as folder:
         hf.save(model, folder)
-        fast = tokenizer(Path(folder), vocabulary, case.ends)
+        fast = tokenizer(Path(folder), vocabulary)
         texts = [" ".join(f"w{token}" for token in prompt) for prompt in ids]
         prompts = [Prompt(text, "bench", [], "", "", tuple(row)) for text, row in zip(texts, ids, strict=True)]
-        settings = {"model": folder, "prompts": texts, "group_size": GROUP, "new_tokens": NEW_TOKENS, "max_steps": 1000,
-                    "learning_rate": LEARNING_RATE, "micro_batch_size": rows, "extra": {}}  # fmt: skip
-        turns = our_steps(model, prompts, fast.decode, (vocabulary - 1,) if case.ends else (), 1000)
+        settings = {"model": folder, "prompts": texts, "group_size": GROUP, "new_tokens": case.new_tokens,
+                    "max_steps": 1000, "learning_rate": LEARNING_RATE, "micro_batch_size": rows,
+                    "extra": {}}  # fmt: skip
+        turns = our_steps(model, prompts, case.new_tokens, fast.decode, 1000)
         rates: dict[str, list[float]] = {"ours": [], "peer": []}
         with Peer(_PEER, [json.dumps(settings | peer_settings)]) as peer:
             for repeat in range(repeats + 1):
@@ -139,25 +141,11 @@ def measure(case: Case, repeats: int, **peer_settings: Any) -> dict[str, object]
                 seconds = time.perf_counter() - start
                 answer = peer.ask()
                 theirs = answer["mean_length"] * rows
-                assert case.ends or tokens == theirs == rows * NEW_TOKENS, "the two sides did unequal work"
+                assert tokens == theirs == rows * case.new_tokens, "the two sides did unequal work"
                 if repeat:
                     rates["ours"].append(tokens / seconds)
                     rates["peer"].append(theirs / answer["seconds"])
-    return _figure(case.name, rates, answer["versions"])
-
-
-def _figure(name: str, rates: dict[str, list[float]], versions: dict[str, str]) -> dict[str, object]:
-    ours, peer = statistics.median(rates["ours"]), statistics.median(rates["peer"])
-    ratios = [a / b for a, b in zip(rates["ours"], rates["peer"], strict=True)]
-    return {
-        "name": name,
-        "ours": round(ours, 1),
-        "peer": round(peer, 1),
-        "ratio": round(ours / peer, 3),
-        "unit": "completion tokens/s",
-        "spread": f"{min(ratios):.2f}–{max(ratios):.2f}",
-        "versions": versions | {"bloomery": artifact.version()},
-    }
+    return figure(case.name, rates["ours"], rates["peer"], "completion tokens/s", answer["versions"])
 
 
 def main() -> None:

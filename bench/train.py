@@ -7,7 +7,6 @@ length is fastest for it.
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from bloomery import artifact
+from bench.figure import figure
 from bloomery.model import hf
 from bloomery.model.config import ModelConfig, RopeConfig
 from bloomery.model.decoder import Decoder
@@ -100,24 +99,14 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     tokens = torch.randint(0, SIZES["vocab_size"], (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(1))
     decoder, ours = our_step(MODELS[name], tokens)
     steps = {"ours": ours, "peer": peer_step(decoder, tokens)}
-    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    rates: dict[str, list[float]] = {side: [] for side in steps}
     for repeat in range(repeats + 1):
         for side, step in steps.items():
             start = time.process_time()
             step()
             if repeat:  # the first is warm-up
-                seconds[side].append(time.process_time() - start)
-    rates = {side: BATCH * SEQ / statistics.median(values) for side, values in seconds.items()}
-    ratios = [peer / ours for ours, peer in zip(seconds["ours"], seconds["peer"], strict=True)]
-    return {
-        "name": name,
-        "ours": round(rates["ours"], 1),
-        "peer": round(rates["peer"], 1),
-        "ratio": round(rates["ours"] / rates["peer"], 3),
-        "unit": "tokens/s",
-        "spread": f"{min(ratios):.2f}–{max(ratios):.2f}",
-        "versions": {p.__name__: p.__version__ for p in (torch, transformers)} | {"bloomery": artifact.version()},
-    }
+                rates[side].append(BATCH * SEQ / (time.process_time() - start))
+    return figure(name, rates["ours"], rates["peer"], "tokens/s")
 
 
 def main() -> None:
