@@ -4,6 +4,7 @@ A row that ends is replaced by the last one, and newcomers are appended. So ever
 rows, as views, and the batch shrinks by itself when nothing waits.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -25,7 +26,6 @@ class Rows:
 
     last: Tensor  # (rows, 1) int64: the token to feed next
     produced: Tensor  # (rows, 1) int64: tokens generated so far
-    limit: Tensor  # (rows, 1) int64: most tokens to generate
     stops: Tensor  # (rows, widest set of stop tokens) int64, padded with −1
     tokens: Tensor  # int64
     logprobs: Tensor  # float32
@@ -36,8 +36,8 @@ class Rows:
         """Room for `count` rows, each for any of `params`."""
         wide = max((p.max_new_tokens for p in params), default=0)
         stops = max((len(p.stop_token_ids) for p in params), default=0)
-        widths = [1, 1, 1, stops, wide, wide, wide]
-        dtypes = [torch.int64] * 5 + [torch.float32, torch.float64]
+        widths = [1, 1, stops, wide, wide, wide]
+        dtypes = [torch.int64] * 4 + [torch.float32, torch.float64]
         return cls(*(torch.zeros(count, w, dtype=t, device=device) for w, t in zip(widths, dtypes, strict=True)))
 
     def view(self, start: int, stop: int) -> "Rows":
@@ -53,7 +53,6 @@ class Rows:
     def start(self, params: Sequence[SamplingParams]) -> None:
         """Begin all rows afresh with these settings, one a row."""
         self.produced.zero_()
-        self.limit.copy_(torch.tensor([[p.max_new_tokens] for p in params]))
         wide, stops = max(p.max_new_tokens for p in params), self.stops.shape[1]
         self.stops.copy_(torch.tensor([[*p.stop_token_ids, *[-1] * (stops - len(p.stop_token_ids))] for p in params]))
         self.uniforms[:, :wide].copy_(torch.from_numpy(uniforms([p.seed for p in params], wide)))
@@ -79,6 +78,10 @@ class Window:
         self.rows = rows
         self._settings = RowSettings.of([one.params for one in live], rows.last.device)
         self._watched = [(row, one.watch) for row, one in enumerate(live) if one.watch]
+        self._stops = any(one.params.stop_token_ids for one in live)
+        produced = rows.produced.flatten().tolist()
+        self._left = [one.params.max_new_tokens - count for one, count in zip(live, produced, strict=True)]
+        self._soonest, self._drawn = min(self._left), 0
 
     def draw(self, logits: Tensor) -> list[int]:
         """Draw and record a token for each row; logits (rows, vocab) are overwritten. Returns the rows that end."""
@@ -88,13 +91,20 @@ class Window:
         rows.logprobs.scatter_(1, rows.produced, logprob)
         rows.last.copy_(token)
         rows.produced += 1
-        done = (rows.produced >= rows.limit) | logprob.isnan() | (rows.stops == token).any(1, keepdim=True)
-        ended = done.flatten().tolist()
+        self._drawn += 1
+        return sorted(self._ended(token))
+
+    def _ended(self, token: Tensor) -> set[int]:
+        """Looks at the tokens only where one can end a text: on an accelerator, looking waits for it."""
+        ended: set[int] = set()
+        if self._drawn == self._soonest:
+            ended.update(row for row, left in enumerate(self._left) if left == self._drawn)
+        if self._stops:
+            ended.update((self.rows.stops == token).any(1).nonzero().flatten().tolist())
         if self._watched:
             tokens = token.flatten().tolist()
-            for row, watch in self._watched:
-                ended[row] |= watch.push(tokens[row])
-        return [row for row, end in enumerate(ended) if end]
+            ended.update([row for row, watch in self._watched if watch.push(tokens[row])])
+        return ended
 
 
 class Batch:
@@ -172,9 +182,10 @@ class Batch:
         live, rows, params = self._live[row], self._rows, self._live[row].params
         count = int(rows.produced[row])
         tokens, logprobs = rows.tokens[row, :count].tolist(), rows.logprobs[row, :count].tolist()
-        if logprobs[-1] != logprobs[-1]:
+        damaged = [position for position, logprob in enumerate(logprobs, 1) if math.isnan(logprob)]
+        if damaged:
             raise DivergenceError(
-                f"request {live.waiting.index}: the model's logits for token {count} are not finite; "
+                f"request {live.waiting.index}: the model's logits for token {damaged[0]} are not finite; "
                 "its weights are damaged or diverged in training: use an earlier checkpoint"
             )
         at_stop_token = tokens[-1] in params.stop_token_ids

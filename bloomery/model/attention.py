@@ -91,13 +91,13 @@ class AttentionStep:
         self._out = AddedLinear(attention.o_proj)
         self._head_dim = attention.head_dim
         self._heads, self._key_heads = (linear.out_features // attention.head_dim for linear in (query, key))
-        self._head_norm = self._eps = None
+        self._head_norm: Tensor | None = None
         if attention.q_norm is not None and attention.k_norm is not None:
             weights = [
                 attention.q_norm.weight.expand(self._heads, -1),
                 attention.k_norm.weight.expand(self._key_heads, -1),
             ]
-            self._head_norm, self._eps = torch.cat(weights).float(), attention.q_norm.eps
+            self._head_norm, self._norm_eps = torch.cat(weights).float(), attention.q_norm.eps
 
     def __call__(self, x: Tensor, context: Context, cache: KeyValueCache) -> Tensor:
         """x (batch, hidden) → x; `cache` is extended and attended to."""
@@ -105,7 +105,7 @@ class AttentionStep:
         heads = self._into(x).view(len(x), -1, self._head_dim)
         both, value = heads[:, :turned], heads[:, turned:]
         if self._head_norm is not None:
-            both = rms_norm(both.float(), self._head_norm, self._eps).to(x.dtype)
+            both = rms_norm(both.float(), self._head_norm, self._norm_eps).to(x.dtype)
         if context.rope is not None:
             both = rotate_few(both, *context.whole_rope).to(x.dtype)
         query = (both[:, : self._heads] * self._head_dim**-0.5).view(len(x) * self._key_heads, -1, self._head_dim)

@@ -99,7 +99,7 @@ class MambaStep:
         self._mamba, self._sizes, self._groups = mamba, mamba.config.mamba_in_proj_sizes, mamba.config.n_groups
         self._into = NormedLinear(norm, [mamba.in_proj])
         self._taps = mamba.conv1d.weight[:, 0].T.contiguous()
-        self._rates, self._D = mamba.decay_rates(), mamba.D.float().unsqueeze(-1)
+        self._rates, self._D = (self._by_channel(each) for each in (mamba.decay_rates(), mamba.D.float()))
         size = mamba.config.mamba_inner_size // self._groups
         self._eps = torch.tensor(mamba.norm.eps * size, device=self._taps.device)
         self._out = AddedLinear(mamba.out_proj, mamba.norm.weight.float() * math.sqrt(size))
@@ -108,19 +108,26 @@ class MambaStep:
         """x (batch, hidden) → x; `cache` moves on."""
         z, conv_in, dt = self._into(x).split(self._sizes, dim=-1)
         inputs, B, C = self._mamba.split(self._conv(conv_in, cache.conv).float())
-        y = self._recur(inputs, self._mamba.time_steps(dt), B, C, cache.ssm)
-        y = torch.addcmul(y, inputs, self._D).view(len(x), self._groups, -1)
-        gated = y.mul_(F.silu(z.float()).view(y.shape))
+        inputs = inputs.flatten(1)
+        y = self._recur(inputs, self._by_channel(self._mamba.time_steps(dt)), B, C, cache.ssm)
+        gated = y.addcmul_(inputs, self._D).mul_(F.silu(z.float())).view(len(x), self._groups, -1)
         return self._out(x, to_unit_length(gated, self._eps).view(len(x), -1).to(x.dtype))
 
     def _recur(self, inputs: Tensor, dt: Tensor, B: Tensor, C: Tensor, ssm: Tensor) -> Tensor:
-        """The state's update and what C reads from it, (batch, heads, head_dim). A group's channels share B and C."""
+        """The state's update and what C reads from it, (batch, channels) like inputs and dt.
+
+        Channels of a group share B and C.
+        """
         state = ssm.view(-1, *ssm.shape[2:])
         rows, columns, channels = state.shape
-        decay = (dt * self._rates).exp_().unsqueeze(-1).expand_as(inputs).reshape(rows, 1, channels)
-        update = (inputs * dt.unsqueeze(-1)).view(rows, 1, channels)
+        decay = (dt * self._rates).exp_().view(rows, 1, channels)
+        update = (inputs * dt).view(rows, 1, channels)
         state.mul_(decay).addcmul_(B.reshape(rows, columns, 1), update)
         return torch.bmm(C.reshape(rows, 1, columns), state).view(inputs.shape)
+
+    def _by_channel(self, heads: Tensor) -> Tensor:
+        """A number a head, (…, heads), repeated for its channels."""
+        return heads.unsqueeze(-1).expand(*heads.shape, self._mamba.config.mamba_head_dim).flatten(-2)
 
     def _conv(self, new: Tensor, held: Tensor) -> Tensor:
         """SiLU of the convolution at one new column (batch, channels); `held` (batch, K − 1, channels) moves on."""
