@@ -207,7 +207,7 @@ def resolve(path: Path, kind: str) -> Path:
     found = manifest.kind if manifest else None
     expected = {"dataset": DATASET_KINDS, "model": ("model",), "tokenizer": ("model", "tokenizer")}[kind]
     if found and found not in expected:
-        raise ArtifactError(f"{path}: holds a {found}, expected a {kind}")
+        raise ArtifactError(f"{path}: holds {found}, expected a {kind}")
     needed = {"model": "config.json", "tokenizer": "tokenizer.json"}.get(kind)
     if needed and not (inner / needed).is_file():
         raise ArtifactError(f"{inner}: no {needed} here; expected a {kind} in Hugging Face format")

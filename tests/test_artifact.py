@@ -85,7 +85,7 @@ def test_one_writer_a_folder(tmp_path):
 def test_resolve_checks_kind_and_completion(tmp_path):
     finish(tmp_path / "a")
     assert artifact.resolve(tmp_path / "a", "dataset") == tmp_path / "a"
-    with pytest.raises(ArtifactError, match="holds a documents, expected a model"):
+    with pytest.raises(ArtifactError, match="holds documents, expected a model"):
         artifact.resolve(tmp_path / "a", "model")
     with Output(tmp_path / "b", "toy", Settings()):
         pass

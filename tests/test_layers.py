@@ -20,7 +20,7 @@ ALLOWED["compress"] = ALLOWED["synthesize"] = ALLOWED["posttrain"] = ALLOWED["ev
     "verify", "generate", "train",
 }  # fmt: skip
 ALLOWED["report"] = ALLOWED["model"] | {"evaluate"}
-ALLOWED["chat"] = ALLOWED["train"] | {"generate"}
+ALLOWED["chat"] = ALLOWED["train"] | {"train", "generate"}
 ALLOWED["recipe"] = ALLOWED["evaluate"] | {"compress", "synthesize", "posttrain", "evaluate", "report"}
 ALLOWED["cli"] = ALLOWED["recipe"] | {"recipe", "chat"}
 ALLOWED["__main__"] = {"cli"}
