@@ -252,17 +252,21 @@ def results_table(folder: Path) -> str:
 
 
 def _lines(table: Table) -> Iterator[str]:
-    grid = [[table.task, *(table.metrics[index] for index in table.leading)]]
+    """The first leading metric with interval and paired change, of the others the values: it fits a terminal."""
+    first, *others = table.leading
+    names = [table.metrics[index].removesuffix("_per_answer") for index in others]
+    grid = [[table.task, table.metrics[first], "change", *names]]
     for row in table.rows:
-        grid.append([row.model, *(_plain(row.cells[index]) for index in table.leading)])
+        values = [cell.text if (cell := row.cells[index]) else "–" for index in others]
+        grid.append([row.model, *_with_change(row.cells[first]), *values])
     widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
     for line in grid:
         cells = (text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))
         yield "  ".join([line[0].ljust(widths[0]), *cells]).rstrip()
 
 
-def _plain(cell: Cell | None) -> str:
+def _with_change(cell: Cell | None) -> tuple[str, str]:
     if cell is None:
-        return "–"
+        return "–", ""
     interval = f" [{cell.interval}]" if cell.interval else ""
-    return f"{cell.text}{interval}" + (f"  {cell.change_text} ({cell.change_interval})" if cell.change else "")
+    return f"{cell.text}{interval}", f"{cell.change_text} ({cell.change_interval})" if cell.change else ""

@@ -94,7 +94,7 @@ def test_unjudged_samples_count_neither_way(tmp_path):
 
 def test_plain_text_for_a_terminal(life):
     lines = results_table(life.path).splitlines()
-    assert lines[0].split() == ["sums", "avg@2", "pass@2", "tokens_per_answer"]
+    assert lines[0].split() == ["sums", "avg@2", "change", "pass@2", "tokens"]
     assert lines[2].startswith("rl")
     assert "+62.5 (" in lines[2]
     assert len({len(line) for line in lines[1:]}) <= 2
