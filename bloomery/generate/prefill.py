@@ -95,9 +95,6 @@ def prefill(model: Decoder, prompts: list[Prompt], allocate: Allocate, device: t
     longest = max(sizes)
     ids = torch.tensor([prompt + (0,) * (longest - len(prompt)) for prompt in prompts], device=device)
     state = allocate(len(prompts), longest)
-    if min(sizes) == longest:
-        return Prefilled(prompts, state, model.lm_head(model(ids, state=state)[:, -1]))
-    lengths = torch.tensor(sizes, device=device)
-    hidden = model(ids, state=state, lengths=lengths)
-    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-    return Prefilled(prompts, state, model.lm_head(last))
+    lengths = None if min(sizes) == longest else torch.tensor(sizes, device=device)
+    hidden = model(ids, state=state, lengths=lengths, only_last=True)
+    return Prefilled(prompts, state, model.lm_head(hidden[:, 0]))

@@ -97,3 +97,9 @@ class Context:
         if self.lengths is None:
             return None
         return torch.arange(self.seq, device=self.device) < self.lengths[:, None]
+
+    def last(self, x: Tensor) -> Tensor:
+        """Each row's last valid token of x (batch, seq, …): (batch, 1, …)."""
+        if self.lengths is None:
+            return x[:, -1:]
+        return x[torch.arange(self.batch, device=self.device), self.lengths - 1].unsqueeze(1)

@@ -61,6 +61,7 @@ class Decoder(nn.Module):
         state: DecodeState | None = None,
         lengths: Tensor | None = None,
         checkpoint_activations: bool = False,
+        only_last: bool = False,
     ) -> Tensor:
         """Hidden states (batch, seq, hidden) after the final norm.
 
@@ -73,6 +74,8 @@ class Decoder(nn.Module):
             lengths: (batch,) valid tokens of each right-padded row, 1 to seq; with seq 1 also 0, for a row that
                 stays where it is (its Mamba memory is undefined until `clear` or `put`).
             checkpoint_activations: recompute each layer in the backward instead of keeping its activations.
+            only_last: return those of each row's last valid token alone, (batch, 1, hidden), which is all that a
+                prompt's reader needs; layers after the last one that looks at other tokens run on nothing else.
 
         Raises:
             ValueError: shapes or values that cannot be meant, with the offending value.
@@ -80,28 +83,41 @@ class Decoder(nn.Module):
         _check(input_ids, segment_ids, state, lengths)
         if state is None:
             context = Context.build(input_ids, segment_ids, None, lengths, self.config.sliding_window)
-            return self._run(input_ids, context, position_ids, [None] * len(self.layers), checkpoint_activations)
+            return self._run(
+                input_ids, context, position_ids, [None] * len(self.layers), checkpoint_activations, only_last
+            )
         with torch.no_grad():
             context = Context.build(input_ids, segment_ids, state, lengths, self.config.sliding_window)
             if context.total > state.max_tokens:
                 raise ValueError(
                     f"state: {context.held} tokens held and {context.seq} new ones, room for {state.max_tokens}"
                 )
-            hidden = self._run(input_ids, context, position_ids, state.layers, False)
+            hidden = self._run(input_ids, context, position_ids, state.layers, False, only_last)
             state.lengths += context.seq if lengths is None else lengths
         return hidden
 
     def _run(
-        self, input_ids: Tensor, context: Context, position_ids: Tensor | None, caches: list[Cache], recompute: bool
+        self,
+        input_ids: Tensor,
+        context: Context,
+        position_ids: Tensor | None,
+        caches: list[Cache],
+        recompute: bool,
+        only_last: bool,
     ) -> Tensor:
         if self.rope is not None:
             context.rope = self._angles(context, position_ids)
         hidden = self.embeddings(input_ids)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        mixed = max(self.config.pattern.rfind("M"), self.config.pattern.rfind("*")) + 1
+        for position, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            if only_last and position == mixed:
+                hidden = context.last(hidden)
             if recompute and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, context, cache, use_reentrant=False)
             else:
                 hidden = layer(hidden, context, cache)
+        if only_last and mixed == len(self.layers):
+            hidden = context.last(hidden)
         return self.norm(hidden)
 
     def _angles(self, context: Context, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:

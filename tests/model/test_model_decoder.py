@@ -78,6 +78,18 @@ def test_right_padding_changes_nothing(decoder: Decoder) -> None:
 
 
 @torch.no_grad()
+def test_only_the_last_token_of_each_row(decoder: Decoder) -> None:
+    ids, lengths = tokens(3), torch.tensor([5, 20, 13])
+    close(decoder(ids, only_last=True), decoder(ids)[:, -1:])
+    found, expected = (DecodeState.allocate(decoder.config, 3, SEQ) for _ in range(2))
+    last = decoder(ids[:, :20], state=found, lengths=lengths, only_last=True)
+    whole = decoder(ids[:, :20], state=expected, lengths=lengths)
+    close(last[:, 0], whole[torch.arange(3), lengths - 1])
+    following = ids[:, 20:21]
+    close(decoder(following, state=found), decoder(following, state=expected))  # the memory is complete
+
+
+@torch.no_grad()
 def test_rows_can_stand_still(decoder: Decoder) -> None:
     ids = tokens(2)
     state = DecodeState.allocate(decoder.config, 2, SEQ)
