@@ -16,7 +16,7 @@ class NormedLinear:
     def __init__(self, norm: RMSNorm, linears: Sequence[nn.Linear]):
         size = linears[0].in_features
         self._weight = transposed([linear.weight for linear in linears], norm.weight.float() * math.sqrt(size))
-        biases = [linear.bias for linear in linears if linear.bias is not None]
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         self._eps = torch.tensor(norm.eps * size, device=self._weight.device)
 

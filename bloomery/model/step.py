@@ -1,6 +1,7 @@
 """Decoding as a flat list of steps: one token a row, no modules, weights prepared once."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from bloomery.model.layers import MLP
 from bloomery.model.mamba import Mamba
 from bloomery.model.norm import GatedRMSNorm, RMSNorm
 from bloomery.model.scan import ChunkedScan
-from bloomery.model.state import Cache, DecodeState
+from bloomery.model.state import DecodeState
 
-LayerStep = Callable[[Tensor, Context, Cache], Tensor]
+LayerStep = Callable[..., Tensor]  # (hidden, context, cache) → hidden
 _ORIGINAL = {
     Decoder, Layer, Attention, Mamba, MLP, AttentionCore, ChunkedScan, RMSNorm, GatedRMSNorm,
     nn.Embedding, nn.Linear, nn.Conv1d, nn.ModuleList,
@@ -34,7 +35,7 @@ class Step:
         layers = set(model.layers.modules()) if isinstance(model, Decoder) else set()
         self._flat = all(_is_original(module) for module in model.modules() if module not in layers)
         if self._flat:
-            self._layers = [_layer_step(layer) for layer in model.layers]
+            self._layers = [_layer_step(cast(Layer, layer)) for layer in model.layers]
             self._head = NormedLinear(model.norm, [model.lm_head])
 
     @torch.no_grad()
@@ -55,7 +56,7 @@ class Step:
 
 def _layer_step(layer: Layer) -> LayerStep:
     if all(_is_original(module) for module in layer.modules()):
-        return layer.mixer.step(layer.norm)
+        return cast(Attention | Mamba | MLP, layer.mixer).step(layer.norm)
     return lambda x, context, cache: layer(x.unsqueeze(1), context, cache)[:, 0]
 
 
