@@ -3,11 +3,12 @@
 Same weights, prompts, group size and 0/1 reward, float32, fused AdamW, clipping, one thread each; both sides on-policy
 with group-normalised advantages, a token mean and no KL term. They take turns, step by step.
 
-`grpo/step`: the model of `recipes/tiny.yaml` (hybrid, vocabulary 512), prompts of 16 tokens and completions of 28, as
-long as the recipe's own are on average.
-`grpo/step_dense`: a Llama of 2 M parameters and completions of 64 tokens. It is the peer's best case: more than half of
-our time is matrix products that both sides must do.
-Every completion is full on both sides: the end token lies outside the vocabulary.
+`grpo/step`: the model of `recipes/tiny.yaml` (hybrid, vocabulary 512), prompts of 16 tokens, completions of at most 64
+that end where the model ends them, after about 26 as in the recipe, at the same odds on both sides.
+`grpo/step_equal`: the same with completions of exactly 28 tokens, so that the peer pads nothing.
+`grpo/step_dense`: a Llama of 2 M parameters and completions of exactly 64 tokens. It is the peer's best case: more than
+half of our time is matrix products that both sides must do.
+Where lengths are exact, the end token lies outside the vocabulary.
 
 TRL's settings are the fastest found for it on a CPU: its own `generate` loop, no gradient checkpointing, one
 micro-batch. Static caches, torch.compile and smaller micro-batches change nothing beyond noise; continuous
@@ -55,29 +56,47 @@ HYBRID = ModelConfig(
     chunk_size=32,
 )  # fmt: skip
 PROMPTS, GROUP = 8, 8
-LEARNING_RATE = 1e-4
-MICRO_BATCH = 16
+LEARNING_RATE = 1e-6  # so small that lengths stay what they are
+MICRO_BATCH = 32
+END_WEIGHT = 0.048
+MAX_STEPS = 1000  # more than any measurement takes
 _PEER = Path(__file__).parent / "_grpo_trl.py"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One figure: a model, and the exact lengths of every prompt and completion."""
+    """One figure: a model, the length of every prompt and of a completion: exact, or at most where `ends`."""
 
     name: str
     model: ModelConfig
     prompt_tokens: int
     new_tokens: int
+    ends: bool = False
 
 
 CASES = (
-    Case("grpo/step", HYBRID, prompt_tokens=16, new_tokens=28),
+    Case("grpo/step", HYBRID, prompt_tokens=16, new_tokens=64, ends=True),
+    Case("grpo/step_equal", HYBRID, prompt_tokens=16, new_tokens=28),
     Case("grpo/step_dense", LLAMA, prompt_tokens=32, new_tokens=64),
 )
 
 
+def build_model(case: Case) -> Decoder:
+    """Random weights. Where completions end, the last token of the vocabulary has odds of about 1 in 27 at every place.
+
+    A constant in all embeddings reaches the last norm; the end token's row of the head reads it.
+    """
+    torch.manual_seed(0)
+    model = Decoder(case.model)
+    if case.ends:
+        with torch.no_grad():
+            model.embeddings.weight += 0.1
+            model.lm_head.weight[-1] = END_WEIGHT
+    return model
+
+
 def tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token a word, `w0`, `w1` …; the end token is one more than the model can write."""
+    """One token a word, `w0`, `w1` …; the end token is one more than these."""
     words = {f"w{number}": number for number in range(vocabulary)}
     inner = Tokenizer(models.WordLevel(words | {"<end>": len(words)}, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -97,18 +116,17 @@ class InlineVerifier:
         return future
 
 
-def our_steps(model: Decoder, prompts: list[Prompt], new_tokens: int, decode: Any, max_steps: int) -> Iterator[int]:
+def our_steps(model: Decoder, prompts: list[Prompt], params: SamplingParams, decode: Any) -> Iterator[int]:
     """One optimizer step a turn; yields the completion tokens of its rollouts."""
-    rows = len(prompts) * GROUP
-    loop = LoopConfig(max_steps=max_steps, batch_size=rows, learning_rate=LEARNING_RATE, weight_decay=0.0,
+    rows, new_tokens = len(prompts) * GROUP, params.max_new_tokens
+    loop = LoopConfig(max_steps=MAX_STEPS, batch_size=rows, learning_rate=LEARNING_RATE, weight_decay=0.0,
                       schedule="constant", precision="fp32")  # fmt: skip
     engine = Engine(model, max_batch=rows, max_tokens=len(prompts[0].ids) + new_tokens, decode=decode)
     written: list[int] = []
 
     def batches() -> Iterator[list[Batch]]:
-        for step in range(max_steps):
+        for step in range(MAX_STEPS):
             engine.sync()
-            params = SamplingParams(max_new_tokens=new_tokens)
             rollouts = roll_out(engine, InlineVerifier(), prompts, GROUP, params, (0, step))  # type: ignore[arg-type]
             written.append(sum(sample.tokens for sample in rollouts.samples))
             yield micro_batches(rollouts, MICRO_BATCH, 0, "token_mean", new_tokens, keep_all=True)
@@ -120,19 +138,19 @@ def our_steps(model: Decoder, prompts: list[Prompt], new_tokens: int, decode: An
 
 def measure(case: Case, repeats: int, **peer_settings: Any) -> dict[str, object]:
     """One figure: medians of alternating steps, after one warm-up step each."""
-    torch.manual_seed(0)
-    vocabulary, model = case.model.vocab_size, Decoder(case.model)
-    ids = torch.randint(vocabulary, (PROMPTS, case.prompt_tokens)).tolist()
+    model, words = build_model(case), case.model.vocab_size - case.ends
+    ids = torch.randint(words, (PROMPTS, case.prompt_tokens)).tolist()
     rows = PROMPTS * GROUP
     with tempfile.TemporaryDirectory() as folder:
         hf.save(model, folder)
-        fast = tokenizer(Path(folder), vocabulary)
+        fast = tokenizer(Path(folder), words)
         texts = [" ".join(f"w{token}" for token in prompt) for prompt in ids]
         prompts = [Prompt(text, "bench", [], "", "", tuple(row)) for text, row in zip(texts, ids, strict=True)]
         settings = {"model": folder, "prompts": texts, "group_size": GROUP, "new_tokens": case.new_tokens,
-                    "max_steps": 1000, "learning_rate": LEARNING_RATE, "micro_batch_size": rows,
+                    "max_steps": MAX_STEPS, "learning_rate": LEARNING_RATE, "micro_batch_size": rows,
                     "extra": {}}  # fmt: skip
-        turns = our_steps(model, prompts, case.new_tokens, fast.decode, 1000)
+        params = SamplingParams(max_new_tokens=case.new_tokens, stop_token_ids=(words,) if case.ends else ())
+        turns = our_steps(model, prompts, params, fast.decode)
         rates: dict[str, list[float]] = {"ours": [], "peer": []}
         with Peer(_PEER, [json.dumps(settings | peer_settings)]) as peer:
             for repeat in range(repeats + 1):
@@ -141,7 +159,7 @@ def measure(case: Case, repeats: int, **peer_settings: Any) -> dict[str, object]
                 seconds = time.perf_counter() - start
                 answer = peer.ask()
                 theirs = answer["mean_length"] * rows
-                assert tokens == theirs == rows * case.new_tokens, "the two sides did unequal work"
+                assert case.ends or tokens == theirs == rows * case.new_tokens, "the two sides did unequal work"
                 if repeat:
                     rates["ours"].append(tokens / seconds)
                     rates["peer"].append(theirs / answer["seconds"])
