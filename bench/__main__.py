@@ -49,7 +49,8 @@ def _machine() -> str:
 INTRODUCTION = """# Benchmarks
 
 Both sides run in one go on the same machine, alternating, one thread pinned where it matters; each figure is a median.
-A ratio above 1 means bloomery is better. `make bench` measures them again.
+A ratio above 1 means bloomery is better. `make bench` measures them again; what a figure does is told at the top of its
+file in `bench/`.
 
 Machine: {machine}
 
@@ -58,10 +59,14 @@ Machine: {machine}
 """
 
 
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _row(figure: dict[str, object]) -> str:
     name, ours, peer, ratio = (figure[key] for key in ("name", "ours", "peer", "ratio"))
     rest = " | ".join(str(figure[key]) for key in ("spread", "date", "load_before"))
-    return f"| `{name}` | {ours:,.4g} | {peer:,.4g} | {figure['unit']} | **{ratio:.2f}×** | {rest} |\n"
+    return f"| `{name}` | {_rounded(ours)} | {_rounded(peer)} | {figure['unit']} | **{ratio:.2f}×** | {rest} |\n"
 
 
 def _write(figures: list[dict[str, object]]) -> None:
