@@ -1,7 +1,8 @@
 """One measured comparison, as every file of this folder reports it."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
 from bloomery import artifact
@@ -25,3 +26,18 @@ def figure(
         "spread": f"{min(ratios):.2f}–{max(ratios):.2f}",
         "versions": {**found, "bloomery": artifact.version()},
     }
+
+
+def take_turns(
+    name: str, ours: Callable[[], object], peer: Callable[[], object], work: float, unit: str, repeats: int
+) -> dict[str, object]:
+    """The figure of two sides in this process, run in turns after a warm-up each. `work` is what one run does, in the
+    numerator of `unit`; time is the process's own, so that what else the machine does hardly enters."""
+    rates: dict[str, list[float]] = {"ours": [], "peer": []}
+    for repeat in range(repeats + 1):
+        for side, run in (("ours", ours), ("peer", peer)):
+            start = time.process_time()
+            run()
+            if repeat:  # the first is warm-up
+                rates[side].append(work / (time.process_time() - start))
+    return figure(name, rates["ours"], rates["peer"], unit)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from bench.figure import figure
+from bench.figure import take_turns
 from bloomery.generate import Engine, Request, SamplingParams
 from bloomery.model import hf
 from bloomery.model.config import ModelConfig, RopeConfig
@@ -85,14 +85,8 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     torch.manual_seed(0)
     decoder = Decoder(MODELS[name])
     prompts = torch.randint(0, SIZES["vocab_size"], (BATCH, PROMPT), generator=torch.Generator().manual_seed(1))
-    sides = {"ours": our_side(decoder, prompts), "peer": peer_side(decoder, prompts)}
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    for repeat in range(repeats + 1):
-        for side, run in sides.items():
-            rate = BATCH * NEW / seconds(run)
-            if repeat:  # the first is warm-up
-                rates[side].append(rate)
-    return figure(name, rates["ours"], rates["peer"], "tokens/s")
+    sides = our_side(decoder, prompts), peer_side(decoder, prompts)
+    return take_turns(name, *sides, BATCH * NEW, "tokens/s", repeats)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from bench.figure import figure
+from bench.figure import take_turns
 from bloomery.model import hf
 from bloomery.model.config import ModelConfig, RopeConfig
 from bloomery.model.decoder import Decoder
@@ -98,15 +98,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     """One figure: medians of alternating repeats."""
     tokens = torch.randint(0, SIZES["vocab_size"], (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(1))
     decoder, ours = our_step(MODELS[name], tokens)
-    steps = {"ours": ours, "peer": peer_step(decoder, tokens)}
-    rates: dict[str, list[float]] = {side: [] for side in steps}
-    for repeat in range(repeats + 1):
-        for side, step in steps.items():
-            start = time.process_time()
-            step()
-            if repeat:  # the first is warm-up
-                rates[side].append(BATCH * SEQ / (time.process_time() - start))
-    return figure(name, rates["ours"], rates["peer"], "tokens/s")
+    return take_turns(name, ours, peer_step(decoder, tokens), BATCH * SEQ, "tokens/s", repeats)
 
 
 def main() -> None:

@@ -64,9 +64,8 @@ def test_rows_of_metrics(untouched):
     assert [row["step"] for row in found if "validation_loss" in row] == [4, 8, 12, 16, 20, 24, 28]
 
 
-def child(path, ready, die_at=""):
+def child(path, die_at=""):
     """Train; kill this very process at a chosen moment of its third checkpoint."""
-    ready.set()
     torch.manual_seed(0)
     replace, saves = os.replace, []
 
@@ -85,26 +84,35 @@ def child(path, ready, die_at=""):
 
 @pytest.mark.parametrize("moment", ["before the rename", "after the rename"])
 def test_killed_while_saving(processes, untouched, tmp_path, moment):
-    ready = processes.Event()
-    process = processes.Process(target=child, args=(tmp_path / "stage", ready, moment))
+    process = processes.Process(target=child, args=(tmp_path / "stage", moment))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     same_as(untouched, train(tmp_path / "stage", config()), tmp_path / "stage")
 
 
+def reached(path):
+    """The last step in the metrics."""
+    return max((row["step"] for row in rows(path)), default=0)
+
+
+def wait_for(path, step, alive):
+    """Until a run that is alive has come to `step`."""
+    while alive() and reached(path) < step:
+        time.sleep(0.001)
+
+
 def test_killed_at_random_moments(processes, untouched, tmp_path):
-    path, draw, reached = tmp_path / "stage", random.Random(1), []
-    while len(reached) < 12 and (not reached or reached[-1] < STEPS):
-        ready = processes.Event()
-        process = processes.Process(target=child, args=(path, ready))
+    path, draw, stops = tmp_path / "stage", random.Random(1), []
+    while len(stops) < 3 * STEPS and (not stops or stops[-1] < STEPS):
+        process = processes.Process(target=child, args=(path,))
         process.start()
-        ready.wait(60)
-        process.join(draw.uniform(0.02, 0.25))
+        wait_for(path, reached(path) + draw.randint(1, 6), process.is_alive)
+        process.join(draw.uniform(0, 0.01))
         process.kill()
         process.join(60)
-        reached.append(max((row["step"] for row in rows(path)), default=0))
-    assert any(0 < step < STEPS for step in reached), reached
+        stops.append(reached(path))
+    assert any(0 < step < STEPS for step in stops), stops
     torch.manual_seed(0)
     same_as(untouched, train(path, config()), path)
 
@@ -113,10 +121,15 @@ def test_killed_at_random_moments(processes, untouched, tmp_path):
 def test_an_interrupt_finishes_the_step_and_saves(untouched, tmp_path, number, capsys):
     torch.manual_seed(0)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    timer = threading.Timer(0.06, os.kill, (os.getpid(), number))
-    timer.start()
+    path = tmp_path / "stage"
+
+    def interrupt():
+        wait_for(path, 5, threading.main_thread().is_alive)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stage", config())
+        train(path, config())
     assert "finishing this step and saving" in capsys.readouterr().err
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     last = rows(tmp_path / "stage")[-1]["step"]
