@@ -3,10 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
-Item = TypeVar("Item")
 _PLAIN_SECONDS = 10.0
 
 
@@ -53,11 +51,3 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self._rich is not None:
             self._rich.stop()
-
-
-def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
-    """`items`, with a bar."""
-    with Bar(title, total) as bar:
-        for done, item in enumerate(items, 1):
-            yield item
-            bar.update(done)
