@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -141,22 +142,28 @@ def test_another_model_is_refused(saved, tmp_path):
         checkpoints.load_latest(state)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file may grow beyond 2 kB: writing fails as on a full disk, inside the real write."""
+    """No file may grow beyond 2 kB: writing fails as on a full disk, inside the real write.
+
+    A context and not a fixture: pytest's own report may go to a file, and must not meet the limit.
+    """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_an_artifact_error_and_nothing_is_lost(saved, full_disk):
+def test_a_full_disk_is_an_artifact_error_and_nothing_is_lost(saved):
     checkpoints, state = saved
     trained(loop(max_steps=8, schedule="constant"), state)
-    full_disk()
-    checkpoints.save(state)
-    with pytest.raises(ArtifactError, match=r"step-00000008: cannot write: .*free space"):
-        checkpoints.wait()
+    with full_disk():
+        checkpoints.save(state)
+        with pytest.raises(ArtifactError, match=r"step-00000008: cannot write: .*free space"):
+            checkpoints.wait()
     assert folders(checkpoints.directory) == ["step-00000004", "step-00000006"]
     other = new_state(loop())
     assert checkpoints.load_latest(other)
