@@ -1,7 +1,6 @@
 """The Mamba-2 mixer (arXiv 2405.21060) as used by Nemotron-H (arXiv 2504.03624)."""
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +9,7 @@ from torch.nn import functional as F
 from bloomery.model.config import ModelConfig
 from bloomery.model.context import Context
 from bloomery.model.conv import causal_conv
-from bloomery.model.folded import AddedLinear, NormedLinear, to_unit_length
-from bloomery.model.norm import GatedRMSNorm, RMSNorm
+from bloomery.model.norm import GatedRMSNorm
 from bloomery.model.scan import ChunkedScan
 from bloomery.model.state import MambaCache
 
@@ -57,10 +55,6 @@ class Mamba(nn.Module):
             cache.conv.copy_(_last_columns(cache.conv, conv_in, context.lengths))
         return self.out_proj(self.norm(y.flatten(2), z))
 
-    def step(self, norm: RMSNorm) -> "MambaStep":
-        """x += self(norm(x)) for one token a row, with the weights of now."""
-        return MambaStep(self, norm)
-
     def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convolution output → x (…, heads, head_dim), B and C (…, groups, state)."""
         shared = self.config.n_groups * self.config.ssm_state_size
@@ -90,52 +84,3 @@ def _last_columns(held: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
         return both[:, both.shape[1] - width :]
     columns = lengths[:, None] + torch.arange(width, device=new.device)
     return both.gather(1, columns[:, :, None].expand(-1, -1, new.shape[-1]))
-
-
-class MambaStep:
-    """x += mamba(norm(x)) for one token a row: the recurrence itself, in place."""
-
-    def __init__(self, mamba: Mamba, norm: RMSNorm):
-        self._mamba, self._sizes, self._groups = mamba, mamba.config.mamba_in_proj_sizes, mamba.config.n_groups
-        self._into = NormedLinear(norm, [mamba.in_proj])
-        self._taps = mamba.conv1d.weight[:, 0].T.contiguous()
-        self._rates, self._D = (self._by_channel(each) for each in (mamba.decay_rates(), mamba.D.float()))
-        size = mamba.config.mamba_inner_size // self._groups
-        self._eps = torch.tensor(mamba.norm.eps * size, device=self._taps.device)
-        self._out = AddedLinear(mamba.out_proj, mamba.norm.weight.float() * math.sqrt(size))
-
-    def __call__(self, x: Tensor, context: Context, cache: MambaCache) -> Tensor:
-        """x (batch, hidden) → x; `cache` moves on."""
-        z, conv_in, dt = self._into(x).split(self._sizes, dim=-1)
-        inputs, B, C = self._mamba.split(self._conv(conv_in, cache.conv).float())
-        inputs = inputs.flatten(1)
-        y = self._recur(inputs, self._by_channel(self._mamba.time_steps(dt)), B, C, cache.ssm)
-        gated = y.addcmul_(inputs, self._D).mul_(F.silu(z.float())).view(len(x), self._groups, -1)
-        return self._out(x, to_unit_length(gated, self._eps).view(len(x), -1).to(x.dtype))
-
-    def _recur(self, inputs: Tensor, dt: Tensor, B: Tensor, C: Tensor, ssm: Tensor) -> Tensor:
-        """The state's update and what C reads from it, (batch, channels) like inputs and dt.
-
-        Channels of a group share B and C.
-        """
-        state = ssm.view(-1, *ssm.shape[2:])
-        rows, columns, channels = state.shape
-        decay = (dt * self._rates).exp_().view(rows, 1, channels)
-        update = (inputs * dt).view(rows, 1, channels)
-        state.mul_(decay).addcmul_(B.reshape(rows, columns, 1), update)
-        return torch.bmm(C.reshape(rows, 1, columns), state).view(inputs.shape)
-
-    def _by_channel(self, heads: Tensor) -> Tensor:
-        """A number a head, (…, heads), repeated for its channels."""
-        return heads.unsqueeze(-1).expand(*heads.shape, self._mamba.config.mamba_head_dim).flatten(-2)
-
-    def _conv(self, new: Tensor, held: Tensor) -> Tensor:
-        """SiLU of the convolution at one new column (batch, channels); `held` (batch, K − 1, channels) moves on."""
-        taps, bias = self._taps, self._mamba.conv1d.bias
-        mixed = new * taps[-1] if bias is None else torch.addcmul(bias, new, taps[-1])
-        columns = [*held.unbind(1), new]
-        for column, tap in zip(columns[:-1], taps[:-1], strict=True):
-            mixed.addcmul_(column, tap)
-        for column, following in pairwise(columns):
-            column.copy_(following)
-        return F.silu(mixed, inplace=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bloomery.model.attention import Attention, AttentionCore
 from bloomery.model.context import Context
+from bloomery.model.decode import AttentionStep, MambaStep, MLPStep
 from bloomery.model.decoder import Decoder, Layer
 from bloomery.model.folded import NormedLinear
 from bloomery.model.layers import MLP
@@ -21,6 +22,9 @@ _ORIGINAL = {
     Decoder, Layer, Attention, Mamba, MLP, AttentionCore, ChunkedScan, RMSNorm, GatedRMSNorm,
     nn.Embedding, nn.Linear, nn.Conv1d, nn.ModuleList,
 }  # fmt: skip
+
+
+_STEPS: dict[type[nn.Module], Callable[..., LayerStep]] = {Attention: AttentionStep, Mamba: MambaStep, MLP: MLPStep}
 
 
 class Step:
@@ -56,7 +60,7 @@ class Step:
 
 def _layer_step(layer: Layer) -> LayerStep:
     if all(_is_original(module) for module in layer.modules()):
-        return cast(Attention | Mamba | MLP, layer.mixer).step(layer.norm)
+        return _STEPS[type(layer.mixer)](layer.mixer, layer.norm)
     return lambda x, context, cache: layer(x.unsqueeze(1), context, cache)[:, 0]
 
 
