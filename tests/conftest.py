@@ -1,9 +1,13 @@
 """A world in a thimble, made once per test run: tokenizer, hybrid model, chats and prompts of one-digit sums."""
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# A shell's background job starts with Ctrl-C ignored, and so would all that the tests start from here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
