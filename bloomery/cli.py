@@ -136,6 +136,37 @@ def chat(
         typer.echo(conversation.ask(question))
 
 
+@app.command("claim")
+def run_claim(
+    name: Annotated[str | None, typer.Argument(help="a claim, as --list shows them", show_default=False)] = None,
+    smoke: Annotated[bool, typer.Option(help="a minute at tiny sizes: checks the machinery, judges nothing")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="all claims with their last verdicts")] = False,
+    out: Annotated[Path | None, typer.Option(help="where cells are kept; default: runs/claims/NAME")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Test a paper's claim over arms and seeds, and write its page to docs/claims. Needs a checkout."""
+    from bloomery import claim
+
+    root = Path.cwd()
+    if show_list or name is None:
+        listed = claim.listing(root)
+        typer.echo(json.dumps(listed) if as_json else "\n".join(map(_claim_lines, listed)))
+        return
+    findings = claim.run(claim.load(name, root), root, out, smoke)
+    typer.echo(json.dumps(findings) if as_json else "\n".join(map(_finding_line, findings)))
+
+
+def _claim_lines(listed: dict[str, Any]) -> str:
+    findings = [f"\n  {_finding_line(finding)}" for finding in listed["findings"]] or ["\n  not run yet"]
+    return f"{listed['name']}: {listed['title']}{''.join(findings)}"
+
+
+def _finding_line(finding: dict[str, Any]) -> str:
+    low, high = finding["ci"]
+    effect = f"{finding['effect']:.4g} [{low:.4g}, {high:.4g}]"
+    return f"{finding['verdict']:<12} {finding['claim']}: {effect}, expected {finding['direction']}"
+
+
 class StageCommand(TyperCommand):
     """A stage's verb; its help ends with the reference of every setting, read from the config class only then."""
 

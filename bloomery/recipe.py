@@ -211,11 +211,16 @@ def _wait(child: Any) -> bool:
     return bool(interrupts)
 
 
-def _child(step: Step, sender: multiprocessing.connection.Connection, parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Have this process killed when `parent`, which started it, ends: it never goes on as an orphan. Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never go on as an orphan
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _child(step: Step, sender: multiprocessing.connection.Connection, parent: int) -> None:
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:

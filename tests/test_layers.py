@@ -22,9 +22,10 @@ ALLOWED["compress"] = ALLOWED["synthesize"] = ALLOWED["posttrain"] = ALLOWED["ev
 ALLOWED["report"] = ALLOWED["model"] | {"evaluate"}
 ALLOWED["chat"] = ALLOWED["train"] | {"train", "generate"}
 ALLOWED["recipe"] = ALLOWED["evaluate"] | {"compress", "synthesize", "posttrain", "evaluate", "report"}
-ALLOWED["cli"] = ALLOWED["recipe"] | {"recipe", "chat"}
+ALLOWED["claim"] = ALLOWED["recipe"] | {"recipe"}
+ALLOWED["cli"] = ALLOWED["claim"] | {"claim", "chat"}
 ALLOWED["__main__"] = {"cli"}
-WITHOUT_TORCH = {"errors", "config", "artifact", "progress", "verify", "report", "recipe", "cli"}
+WITHOUT_TORCH = {"errors", "config", "artifact", "progress", "verify", "report", "recipe", "claim", "cli"}
 
 
 def imported(file: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""What k samples per problem say about a model, with standard errors clustered by problem. NumPy only.
+"""What k samples per problem say about a model, with standard errors clustered by problem. NumPy and SciPy only.
 
 Samples of one problem are not independent, so every standard error is taken over problems (Miller, arXiv 2411.00640).
 """
@@ -8,8 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 Z95 = 1.959964
 _EXACT_SUBSETS = 5_000
@@ -32,7 +34,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean change from one evaluation to another on the same `n` items, with its 95 % bootstrap interval."""
+    """Mean change between two sides on the same `n` items (or seeds), with its 95 % bootstrap interval."""
 
     effect: float
     low: float
@@ -115,3 +117,55 @@ def paired_difference(
     means = [generator.choice(differences, len(differences)).mean() for _ in range(draws)]
     low, high = np.quantile(means, [0.025, 0.975])
     return Difference(float(differences.mean()), float(low), float(high), len(shared))
+
+
+def two_level_bootstrap(differences: Sequence[Sequence[float]], draws: int = 10_000, seed: int = 0) -> Difference:
+    """Mean paired difference with a 95 % interval that holds for new seeds and new items.
+
+    differences: for each seed, one number per item (side A − side B at that seed and item); a seed with one number has
+    no item level. Every seed counts the same. Each draw takes seeds with replacement, then items within each.
+    Few seeds make a percentile interval too narrow, so its quantiles are moved outwards to Φ(−√(n/(n−1))·t(n−1)), the
+    expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.2). With a single seed only the items
+    vary, and the interval says nothing of other seeds.
+    """
+    groups = [np.asarray(group, dtype=np.float64) for group in differences]
+    if not groups or not all(len(group) for group in groups):
+        raise ValueError(f"every seed needs at least one difference; found {[len(group) for group in groups]}")
+    generator = np.random.default_rng(seed)
+    resampled = np.stack([_item_means(group, (draws, len(groups)), generator) for group in groups])
+    chosen = generator.integers(len(groups), size=(draws, len(groups)))
+    means = np.take_along_axis(resampled, chosen[None], axis=0)[0].mean(axis=1)
+    tail = _tail(len(groups))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Difference(float(np.mean([group.mean() for group in groups])), float(low), float(high), len(groups))
+
+
+def _item_means(group: np.ndarray, shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+    """Means of resampled items, one for each place of `shape`."""
+    if len(group) == 1:
+        return np.full(shape, group[0])
+    weights = np.full(len(group), 1 / len(group))
+    return generator.multinomial(len(group), weights, size=shape) @ group / len(group)
+
+
+def _tail(n: int) -> float:
+    """The share to cut off at each end of a bootstrap over n units for a 95 % interval."""
+    return 0.025 if n < 2 else float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.025)))
+
+
+def verdict(
+    interval: tuple[float, float], direction: Literal["above", "below", "within"], threshold: float
+) -> Literal["shown", "not shown", "inconclusive"]:
+    """What a 95 % interval says of an effect that is expected above or below a threshold, or within ± threshold.
+
+    shown: the whole interval is on the expected side (for `within` this is the two one-sided tests of equivalence at
+    2.5 %: Schuirmann 1987). not shown: the whole interval is on the other side. inconclusive: it holds both.
+    """
+    low, high = interval
+    if not low <= high:
+        raise ValueError(f"interval {interval}: expected low ≤ high")
+    inside = {"above": (threshold, math.inf), "below": (-math.inf, threshold), "within": (-threshold, threshold)}
+    lowest, highest = inside[direction]
+    if lowest <= low and high <= highest:
+        return "shown"
+    return "not shown" if high < lowest or low > highest else "inconclusive"

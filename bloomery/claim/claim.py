@@ -1,0 +1,92 @@
+"""The nouns: a claim, what it expects, and what was found."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bloomery.errors import ConfigError
+from bloomery.evaluate.statistics import Difference, verdict
+
+JSONValue = Any
+Cells = dict[tuple[str, int], dict[str, JSONValue]]
+DEVELOPMENT_SEEDS = 900
+"""Seeds from here on are for development (sizes, learning rates) and smoke tests; those below judge."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence of the paper with its measured effect, the 95 % interval and the verdict."""
+
+    claim: str
+    direction: str
+    effect: float
+    ci: tuple[float, float]
+    verdict: Literal["shown", "not shown", "inconclusive"]
+    published: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What would show a sentence of the paper, written down before measuring.
+
+    direction: `above` or `below` the threshold, or `within` ± threshold (equivalence). The threshold has the unit of
+    the effect. published: the paper's own number, for comparison.
+    """
+
+    claim: str
+    direction: Literal["above", "below", "within"]
+    threshold: float
+    published: str
+    note: str = ""
+
+    def judged(self, measured: Difference, note: str = "") -> Finding:
+        """The finding for a measured effect and its interval; `note` adds to what was written down before."""
+        ci = (measured.low, measured.high)
+        sign = "±" if self.direction == "within" else ""
+        return Finding(
+            self.claim, f"{self.direction} {sign}{self.threshold:g}", measured.effect, ci,
+            verdict(ci, self.direction, self.threshold), self.published, " ".join(filter(None, (self.note, note))),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One experiment of a paper at our scale.
+
+    measure: (arm, seed, smoke) → JSON values; runs in a process of its own with one thread.
+    judge: all cells → one finding per expectation, in their order, made by `Expectation.judged`.
+    figure: draws the picture to an SVG file. limits: what the result does not show, for the page.
+    workers: cells measured at once; 1 where time is what is measured.
+    """
+
+    name: str
+    paper: str
+    title: str
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    smoke_seeds: tuple[int, ...]
+    measure: Callable[[str, int, bool], dict[str, JSONValue]]
+    expected: tuple[Expectation, ...]
+    judge: Callable[[Cells], Sequence[Finding]]
+    limits: str
+    figure: Callable[[Cells, Path], None] | None = None
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if not (self.arms and self.seeds and self.smoke_seeds and self.expected):
+            raise ConfigError(f"claim {self.name}: arms, seeds, smoke_seeds and expected must each name at least one")
+        if max(self.seeds) >= DEVELOPMENT_SEEDS or min(self.smoke_seeds) < DEVELOPMENT_SEEDS:
+            raise ConfigError(
+                f"claim {self.name}: seeds {self.seeds}, smoke_seeds {self.smoke_seeds}: seeds that judge are below "
+                f"{DEVELOPMENT_SEEDS}, those of smoke tests and development from there on, so that they never meet"
+            )
+
+    def findings(self, cells: Cells) -> list[Finding]:
+        """What `judge` says, held against what was expected beforehand."""
+        found = list(self.judge(cells))
+        said = [(finding.claim, finding.direction.split()[0]) for finding in found]
+        wanted = [(expectation.claim, expectation.direction) for expectation in self.expected]
+        assert said == wanted, f"judge of {self.name} answers {said}, expected {wanted}"
+        return found
