@@ -32,12 +32,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d, bias = config.hidden_size, config.attention_bias
+        d, bias = config.hidden_size, config.attention_bias or config.qkv_bias
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(d, config.query_size, bias=bias)
         self.k_proj = nn.Linear(d, config.key_value_size, bias=bias)
         self.v_proj = nn.Linear(d, config.key_value_size, bias=bias)
-        self.o_proj = nn.Linear(config.query_size, d, bias=bias)
+        self.o_proj = nn.Linear(config.query_size, d, bias=config.attention_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.core = AttentionCore()

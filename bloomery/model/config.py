@@ -22,11 +22,19 @@ class RopeConfig(Config):
     """Rotary position embedding (arXiv 2104.09864), the keys of `rope_parameters` in `config.json`."""
 
     rope_theta: float = Field(10000.0, gt=0, description="Base of the rotation wavelengths (dimensionless)")
-    rope_type: Literal["default", "linear", "llama3"] = Field("default", description="How the frequencies are rescaled")
-    factor: float = Field(1.0, ge=1, description="Context extension factor of `linear` and `llama3` (dimensionless)")
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = Field("default", description="How frequencies change")
+    factor: float = Field(1.0, ge=1, description="Context extension factor of all but `default` (dimensionless)")
+    original_max_position_embeddings: int = Field(
+        8192, ge=1, description="`llama3`, `yarn`: context before extension, tokens"
+    )
     low_freq_factor: float = Field(1.0, gt=0, description="`llama3`: below this many turns in the old context, rescale")
     high_freq_factor: float = Field(4.0, gt=0, description="`llama3`: above this many turns in the old context, keep")
-    original_max_position_embeddings: int = Field(8192, ge=1, description="`llama3`: context before extension, tokens")
+    beta_fast: float = Field(32.0, gt=0, description="`yarn`: above this many turns in the old context, keep")
+    beta_slow: float = Field(1.0, gt=0, description="`yarn`: below this many turns in the old context, rescale")
+    truncate: bool = Field(True, description="`yarn`: the bounds of the blend are rounded outwards to whole pairs")
+    attention_factor: float | None = Field(
+        None, ge=0, description="`yarn`: multiplies queries and keys; none means 0.1·ln(factor) + 1 (dimensionless)"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -34,13 +42,17 @@ class RopeConfig(Config):
             raise ValueError(
                 f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}"
             )
+        if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast} must not be below beta_slow {self.beta_slow}")
         return self
 
 
 class ModelConfig(Config):
     """A decoder: one character of `pattern` per residual layer, and the sizes of each kind of layer."""
 
-    family: Literal["nemotron_h", "llama"] = Field("nemotron_h", description="Hugging Face model type of the export")
+    family: Literal[
+        "nemotron_h", "llama", "mamba2", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"
+    ] = Field("nemotron_h", description="Hugging Face model type of the export")
     pattern: str = Field(description="One character a layer: M Mamba-2, * attention, - MLP, E experts")
     vocab_size: int = Field(ge=1, description="Rows of the embedding table (tokens)")
     hidden_size: int = Field(ge=1, description="Width of the residual stream (channels)")
@@ -53,6 +65,7 @@ class ModelConfig(Config):
     num_key_value_heads: int = Field(0, ge=0, description="Key and value heads (count)")
     head_dim: int = Field(0, ge=0, description="Width of one attention head (channels)")
     attention_bias: bool = Field(False, description="Biases in q, k, v and o projections")
+    qkv_bias: bool = Field(False, description="Biases in q, k and v projections, whatever attention_bias says")
     qk_norm: bool = Field(False, description="RMSNorm over each query and key head, before the rotation")
     sliding_window: int | None = Field(None, ge=1, description="Attend to this many last tokens only (tokens)")
     rope: RopeConfig | None = Field(None, description="Rotary position embedding; none means no position signal")
@@ -74,6 +87,10 @@ class ModelConfig(Config):
     moe_intermediate_size: int = Field(0, ge=0, description="Inner width of one expert (channels)")
     n_shared_experts: int = Field(0, ge=0, description="Experts every token passes (count); stored as one MLP")
     moe_shared_expert_intermediate_size: int = Field(0, ge=0, description="Inner width of that MLP (channels)")
+    shared_expert_gate: bool = Field(False, description="The shared MLP's output times sigmoid of one router more")
+    moe_latent_size: int | None = Field(None, ge=1, description="Routed experts work at this width (channels)")
+    n_group: int = Field(1, ge=1, description="Groups of routed experts (count)")
+    topk_group: int = Field(1, ge=1, description="Groups a token's experts are chosen from (count)")
     norm_topk_prob: bool = Field(True, description="Chosen experts' weights are rescaled to sum to one")
     router_activation: Literal["softmax", "sigmoid"] = Field("sigmoid", description="Turns router logits into weights")
     routed_scaling_factor: float = Field(1.0, gt=0, description="Multiplies the routed experts' output")
@@ -149,6 +166,21 @@ class ModelConfig(Config):
                 f"n_shared_experts {self.n_shared_experts} and moe_shared_expert_intermediate_size "
                 f"{self.moe_shared_expert_intermediate_size} must both be zero or both be positive"
             )
+        if self.shared_expert_gate and not self.n_shared_experts:
+            raise ValueError("shared_expert_gate is set, but n_shared_experts is 0: there is nothing to gate")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        size, rest = divmod(self.n_routed_experts, self.n_group)
+        if rest or (self.n_group > 1 and size < 2):
+            raise ValueError(
+                f"n_group {self.n_group} must divide n_routed_experts {self.n_routed_experts} into groups of two or more"
+            )
+        if self.topk_group > self.n_group or self.topk_group * size < self.num_experts_per_tok:
+            raise ValueError(
+                f"topk_group {self.topk_group} must be at most n_group {self.n_group}, and its groups of {size} experts "
+                f"must hold num_experts_per_tok {self.num_experts_per_tok}"
+            )
 
     def _check_tokens(self) -> None:
         for name, token in [
@@ -202,7 +234,12 @@ class ModelConfig(Config):
         return layers + tables + self.hidden_size
 
     def _layer_parameters(self, kind: str, active: bool) -> int:
-        vectors = {"M": self._mamba_vectors(), "*": self._attention_vectors(), "-": self._mlp_biases(), "E": 0}
+        vectors = {
+            "M": self._mamba_vectors(),
+            "*": self._attention_vectors(),
+            "-": self._mlp_biases(self.intermediate_size),
+            "E": self._expert_biases(),
+        }
         return self._matrix_parameters(kind, active) + vectors[kind] + self.hidden_size
 
     def _matrix_parameters(self, kind: str, active: bool) -> int:
@@ -216,19 +253,27 @@ class ModelConfig(Config):
         if kind == "-":
             return matrices * d * self.intermediate_size
         experts = self.num_experts_per_tok if active else self.n_routed_experts
-        inner = experts * self.moe_intermediate_size + self.moe_shared_expert_intermediate_size
-        return matrices * d * inner + d * self.n_routed_experts
+        latent = self.moe_latent_size or 0
+        routed = matrices * (latent or d) * experts * self.moe_intermediate_size + 2 * d * latent
+        shared = matrices * d * self.moe_shared_expert_intermediate_size + d * self.shared_expert_gate
+        return routed + shared + d * self.n_routed_experts
 
     def _mamba_vectors(self) -> int:
         conv = self.mamba_conv_size * (self.conv_kernel + self.use_conv_bias)
         return conv + 3 * self.mamba_num_heads + self.mamba_inner_size
 
     def _attention_vectors(self) -> int:
-        biases = self.attention_bias * (self.query_size + 2 * self.key_value_size + self.hidden_size)
-        return biases + self.qk_norm * 2 * self.head_dim
+        into = (self.attention_bias or self.qkv_bias) * (self.query_size + 2 * self.key_value_size)
+        return into + self.attention_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
 
-    def _mlp_biases(self) -> int:
-        return self.mlp_bias * (self.intermediate_size * (2 if self.mlp_gated else 1) + self.hidden_size)
+    def _mlp_biases(self, intermediate_size: int) -> int:
+        return self.mlp_bias * (intermediate_size * (2 if self.mlp_gated else 1) + self.hidden_size)
+
+    def _expert_biases(self) -> int:
+        """Of the shared MLP and the two latent projections; routed experts have none."""
+        shared = self.moe_shared_expert_intermediate_size
+        latent = self.mlp_bias * (self.moe_latent_size + self.hidden_size) if self.moe_latent_size else 0
+        return latent + (self._mlp_biases(shared) if shared else 0)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of one training step per token: forward and backward, mean over `seq_len` tokens.

@@ -22,7 +22,7 @@ MIXERS = {
     "-": lambda config: MLP(config, config.intermediate_size),
     "E": MoE,
 }
-_RESIDUAL_WRITERS = ("out_proj", "o_proj", "down_proj")
+_RESIDUAL_WRITERS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 
 
 class Layer(nn.Module):

@@ -33,26 +33,36 @@ class Router(nn.Module):
         scores = logits.sigmoid() if self.config.router_activation == "sigmoid" else logits.softmax(-1)
         bias = self.e_score_correction_bias
         choice = scores if bias is None else scores + bias
+        if self.config.n_group > 1:
+            choice = self._best_groups(choice)
         indices = choice.topk(self.config.num_experts_per_tok, dim=-1).indices
         weights = scores.gather(1, indices)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return indices, weights * self.config.routed_scaling_factor, scores
 
+    def _best_groups(self, choice: Tensor) -> Tensor:
+        """`choice` (tokens, experts) with −∞ outside the `topk_group` groups whose two best experts sum highest."""
+        grouped = choice.unflatten(-1, (self.config.n_group, -1))
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
+        other = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter_(1, best, False)
+        return grouped.masked_fill(other.unsqueeze(-1), float("-inf")).flatten(-2)
+
 
 class Experts(nn.Module):
-    """All routed experts, stacked: up and gate (experts, inner, hidden), down (experts, hidden, inner)."""
+    """All routed experts, stacked: up and gate (experts, inner, width), down (experts, width, inner). The width is
+    `moe_latent_size` where that is set, else the hidden size."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        up = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        up = config.n_routed_experts, config.moe_intermediate_size, config.moe_latent_size or config.hidden_size
         self.gate_proj = nn.Parameter(torch.empty(up)) if config.mlp_gated else None
         self.up_proj = nn.Parameter(torch.empty(up))
         self.down_proj = nn.Parameter(torch.empty(up[0], up[2], up[1]))
         self.plain, self.gated = activation.PLAIN[config.mlp_hidden_act], activation.GATED[config.mlp_hidden_act]
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x (rows, hidden) sorted by expert, `counts` (experts,) rows of each → (rows, hidden)."""
+        """x (rows, width) sorted by expert, `counts` (experts,) rows of each → (rows, width)."""
         ends = counts.cumsum(0, dtype=torch.int32)
         inner = _grouped_linear(x, self.up_proj, ends)
         if self.gate_proj is None:
@@ -77,7 +87,7 @@ class Dispatch(nn.Module):
     """Brings tokens to experts and back. Swap point: replace `moe.dispatch` for expert parallelism or a kernel."""
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -> Tensor:
-        """x (tokens, hidden), indices and weights (tokens, k) → weighted sum of the chosen experts (tokens, hidden)."""
+        """x (tokens, width), indices and weights (tokens, k) → weighted sum of the chosen experts (tokens, width)."""
         choices = indices.shape[1]
         order = indices.flatten().argsort(stable=True)
         counts = torch.bincount(indices.flatten(), minlength=len(experts.up_proj))
@@ -93,8 +103,11 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        shared = config.moe_shared_expert_intermediate_size
+        d, latent, shared = config.hidden_size, config.moe_latent_size, config.moe_shared_expert_intermediate_size
+        self.fc1_latent_proj = nn.Linear(d, latent, bias=config.mlp_bias) if latent else None
+        self.fc2_latent_proj = nn.Linear(latent, d, bias=config.mlp_bias) if latent else None
         self.shared_experts = MLP(config, shared) if shared else None
+        self.shared_expert_gate = nn.Linear(d, 1, bias=False) if config.shared_expert_gate else None
         self.dispatch = Dispatch()
         self.balance: Tensor | None = None
 
@@ -102,8 +115,16 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2)
         indices, weights, scores = self.gate(tokens)
         self.balance = balance_loss(indices, scores) if self.training else None
-        out = self.dispatch(tokens, indices, weights, self.experts).view_as(x)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        out = self._routed(tokens, indices, weights).view_as(x)
+        if self.shared_experts is None:
+            return out
+        shared = self.shared_experts(x)
+        return out + (shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared)
+
+    def _routed(self, tokens: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        if self.fc1_latent_proj is None or self.fc2_latent_proj is None:
+            return self.dispatch(tokens, indices, weights, self.experts)
+        return self.fc2_latent_proj(self.dispatch(self.fc1_latent_proj(tokens), indices, weights, self.experts))
 
 
 def balance_loss(indices: Tensor, scores: Tensor) -> Tensor:

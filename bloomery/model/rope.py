@@ -15,7 +15,16 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_type == "linear":
         return frequencies / config.factor
+    if config.rope_type == "yarn":
+        return _yarn(frequencies, config, head_dim)
     return _llama3(frequencies, config) if config.rope_type == "llama3" else frequencies
+
+
+def attention_factor(config: RopeConfig) -> float:
+    """What rotated queries and keys are multiplied by: 1 but for `yarn` (arXiv 2309.00071 §3.4)."""
+    if config.rope_type != "yarn":
+        return 1.0
+    return 0.1 * math.log(config.factor) + 1.0 if config.attention_factor is None else config.attention_factor
 
 
 def _llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
@@ -24,6 +33,23 @@ def _llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
     span = config.high_freq_factor - config.low_freq_factor
     keep = ((turns - config.low_freq_factor) / span).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / config.factor)
+
+
+def _yarn(frequencies: Tensor, config: RopeConfig, head_dim: int) -> Tensor:
+    """YaRN (arXiv 2309.00071 §3.2): as Llama 3.1 does later, but blended linearly in the pair's number."""
+
+    def pair(turns: float) -> float:
+        """The (fractional) pair that makes this many turns in the old context."""
+        wavelengths = config.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelengths) / (2 * math.log(config.rope_theta))
+
+    low, high = pair(config.beta_fast), pair(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    slow = (torch.arange(len(frequencies), dtype=torch.float32) - low) / (high - low or 0.001)
+    slow = slow.clamp(0, 1)
+    return frequencies / config.factor * slow + frequencies * (1 - slow)
 
 
 class Rope:
@@ -43,7 +69,8 @@ class Rope:
         if self._table is None or len(self._table) < longest or self._table.device != device:
             rows = torch.arange(1 << max(longest - 1, 1).bit_length(), dtype=torch.float32)
             angles = torch.outer(rows, inverse_frequencies(self.config, self.head_dim))
-            self._table = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+            table = torch.cat([angles.cos(), angles.sin()], dim=-1) * attention_factor(self.config)
+            self._table = table.to(device)
         return self._table
 
 
