@@ -28,7 +28,9 @@ _BLOCK = 64  # tokens
 class SamplingParams(Config):
     """How one request is continued. Filters apply in the order top_k, top_p, min_p, after the temperature."""
 
-    max_new_tokens: int = Field(default=256, ge=1, description="most tokens to generate, the stop token included")
+    max_new_tokens: int = Field(
+        default=256, ge=0, description="most tokens to generate, the stop token included; 0 only scores the prompt"
+    )
     temperature: float = Field(
         default=1.0, ge=0, description="divides the logits; 0 takes the likeliest token (greedy)"
     )
@@ -52,6 +54,12 @@ class SamplingParams(Config):
         default=0, ge=0, lt=2**63, description="chooses the text; equal requests with equal seeds get equal texts"
     )
     logprobs: bool = Field(default=True, description="return the log-probability of each generated token, nats")
+    top_logprobs: int = Field(
+        default=0, ge=0, description="return this many of the likeliest tokens at each place, with their logprobs"
+    )
+    prompt_logprobs: bool = Field(
+        default=False, description="return the log-probability of each prompt token, nats, at temperature 1"
+    )
 
     @field_validator("temperature")
     @classmethod
@@ -78,6 +86,8 @@ class SamplingParams(Config):
     def _no_setting_without_effect(self) -> "SamplingParams":
         if self.temperature == 0 and self.filtered:
             raise ValueError("temperature 0 always takes the likeliest token, so top_k, top_p and min_p must stay off")
+        if self.max_new_tokens == 0 and not self.prompt_logprobs:
+            raise ValueError("max_new_tokens 0 leaves nothing to do; give at least 1, or ask for prompt_logprobs")
         return self
 
     @property
@@ -92,14 +102,18 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def uniforms(seeds: Sequence[int], count: int) -> np.ndarray:
-    """The numbers in (0, 1) behind the first `count` tokens of requests with these seeds: (requests, count) float64.
+def uniforms(seeds: Sequence[int], count: int, starts: Sequence[int] | None = None) -> np.ndarray:
+    """The numbers in (0, 1) behind `count` tokens of requests with these seeds, from token `starts` (default: the
+    first) of each on: (requests, count) float64.
 
     Position `p` is output `p` of a SplitMix64 generator (Steele, Lea, Flood 2014) started at the mixed seed. 32 bits
     are used, so that `u * total` stays below `total` in float64.
     """
     start = _mix(np.asarray(seeds, dtype=np.uint64)[:, None])
-    words = _mix(start + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    places = np.arange(1, count + 1, dtype=np.uint64)
+    if starts is not None:
+        places = places + np.asarray(starts, dtype=np.uint64)[:, None]
+    words = _mix(start + places * _GOLDEN)
     return ((words >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32
 
 
@@ -157,16 +171,30 @@ def sample(logits: Tensor, settings: RowSettings, uniform: Tensor) -> tuple[Tens
     logits = logits.float()
     if settings.greedy is True:
         return _likeliest(logits, settings.logprobs)
+    weights = _weigh(logits, settings)
+    token, total = _invert(weights, uniform)
+    if settings.greedy is not False:
+        token = torch.where(settings.greedy, weights.max(-1, keepdim=True).indices, token)
+    return token, (weights.gather(-1, token) / total).log().float()
+
+
+def likeliest(logits: Tensor, settings: RowSettings, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens of each row and their log-probabilities, of the distribution `sample` draws from:
+    (rows, count) int64 and float32, falling. Tokens that a filter drops have −inf; `logits` stay as they are."""
+    weights = _weigh(logits.float().clone(), settings)
+    top, tokens = weights.topk(min(count, weights.shape[-1]), dim=-1)
+    return tokens, (top / weights.sum(-1, keepdim=True, dtype=torch.float64)).log().float()
+
+
+def _weigh(logits: Tensor, settings: RowSettings) -> Tensor:
+    """Each token's share of its row, where the likeliest weighs 1 and a dropped one 0; in place."""
     weights = logits.sub_(logits.amax(-1, keepdim=True))
     if isinstance(settings.temperature, Tensor) or settings.temperature != 1:
         weights.div_(settings.temperature)
     weights.exp_()
     if settings.filters:
         weights.masked_fill_(weights < _threshold(weights, settings), 0.0)
-    token, total = _invert(weights, uniform)
-    if settings.greedy is not False:
-        token = torch.where(settings.greedy, weights.max(-1, keepdim=True).indices, token)
-    return token, (weights.gather(-1, token) / total).log().float()
+    return weights
 
 
 def _likeliest(logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor]:

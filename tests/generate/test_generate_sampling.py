@@ -36,7 +36,7 @@ def kept(probabilities, draws=400, **settings):
         ({"top_p": 1.5}, "less than or equal to 1"),
         ({"top_k": -1}, "greater than or equal to 0"),
         ({"min_p": 1}, "less than 1"),
-        ({"max_new_tokens": 0}, "greater than or equal to 1"),
+        ({"max_new_tokens": 0}, "leaves nothing to do; give at least 1, or ask for prompt_logprobs"),
         ({"stop": ("",)}, "empty stop string"),
         ({"stop_token_ids": (-2,)}, "found -2"),
         ({"seed": -1}, "greater than or equal to 0"),
