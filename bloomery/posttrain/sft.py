@@ -28,7 +28,7 @@ from bloomery.train.loop import LoopConfig, TrainState
 from bloomery.train.losses import next_token
 from bloomery.train.model_folder import ModelFolder, open_model
 from bloomery.train.optim import adamw
-from bloomery.train.run import default_device, resumable
+from bloomery.train.run import default_device, resumable, what_runs_in_fp8
 from bloomery.train.validation import validation_losses
 
 _SHOWN_TOKENS = 200
@@ -148,7 +148,8 @@ def check(config: SFTConfig) -> dict[str, Any]:
         return {"steps": config.loop.max_steps, "inputs": str(error)}
     epochs = data.training.epoch(config.loop.max_steps * config.loop.batch_size)
     shown = marked(start.tokenizer, data.training.batch(0, 1))
-    return {"steps": config.loop.max_steps, "epochs": epochs, **_summary(data), "first_row": shown}
+    in_fp8 = what_runs_in_fp8(start.config, config.loop, default_device())
+    return {"steps": config.loop.max_steps, "epochs": epochs, **in_fp8, **_summary(data), "first_row": shown}
 
 
 def marked(tokenizer: Tokenizer, batch: Batch) -> str:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from bloomery.config import RUN_ONLY, Config, Field
 from bloomery.data.pack import Batch
 from bloomery.errors import ConfigError
+from bloomery.train.fp8 import Fp8, Fp8Config, Telemetry
 from bloomery.train.losses import Loss
 from bloomery.train.schedule import learning_rate
 from bloomery.train.totals import Totals
@@ -54,9 +55,12 @@ class LoopConfig(Config):
     max_grad_norm: float | None = Field(
         default=1.0, gt=0, description="gradients are scaled down to this norm; null: never"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="type of the matrix products; auto: bf16 on GPUs and on CPUs with AMX, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = Field(
+        default="auto",
+        description="type of the matrix products; auto: bf16 on GPUs and on CPUs with AMX, else fp32; fp8: bf16 with "
+        "the linear layers in eight bits",
     )
+    fp8: Fp8Config = Field(default=Fp8Config(), description="which linear layers and formats precision fp8 means")
     activation_checkpointing: bool = Field(
         default=False,
         json_schema_extra=RUN_ONLY,
@@ -81,6 +85,8 @@ class LoopConfig(Config):
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
+        if self.precision != "fp8" and self.fp8 != Fp8Config():
+            raise ValueError(f"fp8: without effect under precision {self.precision}; set precision: fp8")
         if self.schedule == "wsd" and self.warmup_steps > self.max_steps * (1 - self.decay_fraction) + 1e-9:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} reaches into the decay of the last {self.decay_fraction:g} of "
@@ -103,7 +109,9 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `grad_norm` is before clipping; `tokens` are positions; `seconds` include making the data."""
+    """One optimizer step. `grad_norm` is before clipping; `tokens` are positions; `seconds` include making the data.
+
+    `fp8`: what precision fp8 measured in this step, on the steps where it does."""
 
     step: int
     loss: float
@@ -112,6 +120,7 @@ class Step:
     learning_rate: float
     tokens: int
     seconds: float
+    fp8: Telemetry = field(default_factory=dict)
 
 
 def steps(
@@ -127,21 +136,26 @@ def steps(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=computes_in_bf16(config, model, device))
+    eight_bit = Fp8(model, config.fp8 if config.precision == "fp8" else None)
     batches = iter(batches)
     optimizer.zero_grad(set_to_none=True)
     while state.step < config.max_steps:
         started = time.perf_counter()
         micro_batches = _pull(batches, state, config)
         model.train()
+        eight_bit.begin(watch=is_due(state.step + 1, config.fp8.measure_every_steps))
         losses = []
         for batch in micro_batches:
-            with autocast(), _recomputing(model) if config.activation_checkpointing else nullcontext():
+            recomputing = _recomputing(model) if config.activation_checkpointing else nullcontext()
+            with autocast(), eight_bit.installed(), recomputing:
                 loss = objective(model, {name: value.to(device, non_blocking=True) for name, value in batch.items()})
                 loss.sum.backward()
             losses.append(Loss(loss.sum.detach(), loss.weight, loss.metrics))
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         totals = Totals.of(losses, gradients)
-        totals.check(losses, f"step {state.step + 1}, sequences from {state.position}")
+        where = f"step {state.step + 1}, sequences from {state.position}"
+        eight_bit.check(totals.sum + totals.grad_norm, where)
+        totals.check(losses, where)
         clip = min(1.0, config.max_grad_norm / (totals.grad_norm + 1e-6)) if config.max_grad_norm else 1.0
         torch._foreach_mul_(gradients, clip / totals.weight)
         rate = _set_learning_rate(optimizer, state.step + 1, config)
@@ -150,8 +164,14 @@ def steps(
         state.step += 1
         state.position += sum(len(batch["input_ids"]) for batch in micro_batches)
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
-        seconds = time.perf_counter() - started
-        yield Step(state.step, totals.sum / totals.weight, totals.metrics, totals.grad_norm, rate, tokens, seconds)
+        seconds, mean = time.perf_counter() - started, totals.sum / totals.weight
+        found = eight_bit.telemetry()
+        yield Step(state.step, mean, totals.metrics, totals.grad_norm, rate, tokens, seconds, found)
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """Whether something that happens every so many steps happens after this one; 0: never."""
+    return every_steps > 0 and step % every_steps == 0
 
 
 def _pull(batches: Iterator[list[Batch]], state: TrainState, config: LoopConfig) -> list[Batch]:
@@ -170,7 +190,7 @@ def computes_in_bf16(config: LoopConfig, model: nn.Module, device: torch.device)
     CPUs with avx512_bf16 but without AMX took twice as long in bf16 as in fp32 at every width from 128 to 2048.
     """
     if config.precision != "auto":
-        return config.precision == "bf16"
+        return config.precision in ("bf16", "fp8")
     if device.type != "cpu":
         return True
     width = getattr(getattr(model, "config", None), "hidden_size", 0)

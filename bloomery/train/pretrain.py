@@ -24,7 +24,7 @@ from bloomery.train.loop import LoopConfig, TrainState
 from bloomery.train.losses import next_token
 from bloomery.train.memory import activation_bytes, state_bytes
 from bloomery.train.optim import adamw
-from bloomery.train.run import default_device, resumable
+from bloomery.train.run import default_device, resumable, what_runs_in_fp8
 from bloomery.train.validation import validation_losses
 
 
@@ -71,7 +71,7 @@ def check(config: PretrainConfig) -> dict[str, Any]:
     hf.export_config(model)
     parameters = model.count_parameters()
     found |= {"parameters": parameters, "active_parameters": model.count_parameters(active=True)}
-    found |= {"state_bytes": state_bytes(parameters)}
+    found |= {"state_bytes": state_bytes(parameters), **what_runs_in_fp8(model, loop, default_device())}
     if not built:
         return found
     seq_len = _checked_rows(config, model).seq_len

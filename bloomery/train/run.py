@@ -7,11 +7,15 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from bloomery.artifact import Output
 from bloomery.data.pack import Batch
+from bloomery.model.config import ModelConfig
+from bloomery.model.decoder import Decoder
 from bloomery.progress import Bar, say
 from bloomery.train.checkpoint import Checkpoints
+from bloomery.train.fp8 import Plan, summary
 from bloomery.train.loop import LoopConfig, Objective, Step, TrainState, steps
 from bloomery.train.trackers import Trackers, require
 
@@ -19,6 +23,19 @@ from bloomery.train.trackers import Trackers, require
 def default_device() -> torch.device:
     """The first GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def what_runs_in_fp8(model: nn.Module | ModelConfig, config: LoopConfig, device: torch.device) -> dict[str, str]:
+    """`fp8` → how many linear layers, in which formats, real or emulated; empty under another precision.
+
+    Of a model that exists, or of its sizes. Raises `ConfigError` when none would.
+    """
+    if config.precision != "fp8":
+        return {}
+    if isinstance(model, ModelConfig):
+        with torch.device("meta"):
+            model = Decoder(model)
+    return {"fp8": Plan.of(model, config.fp8).describe(config.fp8, device)}
 
 
 def resumable(
@@ -38,6 +55,8 @@ def resumable(
     let the step finish and save; then `KeyboardInterrupt` is raised. A second one stops at once.
     """
     require(config.trackers)
+    for name, text in what_runs_in_fp8(state.model, config, next(state.model.parameters()).device).items():
+        say(f"{output.stage}  {name}: {text}")
     with Checkpoints(output.checkpoints) as checkpoints, Interruption() as interruption:
         resumed = checkpoints.load_latest(state)
         output.metrics.rewind(state.step if resumed else -1)
@@ -50,6 +69,10 @@ def resumable(
                     row = _row(step)
                     output.metrics.log(step.step, **row)
                     trackers.log(step.step, row)
+                if step.fp8:
+                    means = summary(step.fp8)
+                    output.metrics.log(step.step, **means, fp8=step.fp8)
+                    trackers.log(step.step, means)
                 bar.update(step.step, _note(step, headline))
                 yield step
                 if last or interruption.requested or step.step % config.checkpoint_every_steps == 0:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bloomery.data.pack import Batch
+from bloomery.train.fp8 import Fp8
 from bloomery.train.loop import LoopConfig, computes_in_bf16
 from bloomery.train.losses import next_token
 
@@ -22,7 +23,9 @@ def validation_losses(
     model.eval()
     device = next(model.parameters()).device
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(loop, model, device)):
+    eight_bit = Fp8(model, loop.fp8 if loop.precision == "fp8" else None)
+    in_bf16 = computes_in_bf16(loop, model, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16), eight_bit.installed():
         for batch in batches:
             loss = next_token(model, {name: value.to(device) for name, value in batch.items()}, sources)
             for name, (total, weight) in {"loss": (loss.sum, loss.weight), **loss.metrics}.items():
