@@ -174,12 +174,13 @@ class ModelConfig(Config):
         size, rest = divmod(self.n_routed_experts, self.n_group)
         if rest or (self.n_group > 1 and size < 2):
             raise ValueError(
-                f"n_group {self.n_group} must divide n_routed_experts {self.n_routed_experts} into groups of two or more"
+                f"n_group {self.n_group} must divide n_routed_experts {self.n_routed_experts} "
+                "into groups of two or more"
             )
         if self.topk_group > self.n_group or self.topk_group * size < self.num_experts_per_tok:
             raise ValueError(
-                f"topk_group {self.topk_group} must be at most n_group {self.n_group}, and its groups of {size} experts "
-                f"must hold num_experts_per_tok {self.num_experts_per_tok}"
+                f"topk_group {self.topk_group} must be at most n_group {self.n_group}, and its groups of {size} "
+                f"experts must hold num_experts_per_tok {self.num_experts_per_tok}"
             )
 
     def _check_tokens(self) -> None:

@@ -196,8 +196,8 @@ def test_tensors_that_contradict_the_config_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; choose llama, nemotron_h"),
-        ({"moe_latent_size": 16}, "moe_latent_size 16 is not supported; only None is"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; choose llama, mamba2, "),
+        ({"sliding_window": 16}, "sliding_window 16 is not supported; only None is. Load this model with transformers"),
         ({"use_bias": True}, "use_bias True is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
         ({"n_groups": 3}, "n_groups 3 does not divide"),
