@@ -136,6 +136,42 @@ def chat(
         typer.echo(conversation.ask(question))
 
 
+@app.command()
+def serve(
+    model: Path,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port; 0 takes a free one")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="BLOOMERY_API_KEY", help="what clients must send as their key", show_default=False),
+    ] = None,
+    unprotected: Annotated[bool, typer.Option("--unprotected", help="serve other machines without a key")] = False,
+    name: Annotated[str | None, typer.Option(help="the model's name for clients; default: the folder's")] = None,
+    max_batch: Annotated[int, typer.Option(help="sequences generated at once", min=1)] = 16,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="longest prompt and completion together; default: the model's context", min=1)
+    ] = None,
+    queue: Annotated[int, typer.Option(help="requests that may wait; past it, 429", min=0)] = 256,
+    timeout_seconds: Annotated[float, typer.Option(help="longest time for one answer")] = 600.0,
+    drain_seconds: Annotated[float, typer.Option(help="time for running answers after SIGTERM")] = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a model over HTTP with OpenAI's API, until SIGTERM or Ctrl-C."""
+    from bloomery.generate import serve as http
+    from bloomery.serve import open_service
+
+    limits = configs.build(
+        http.ServeLimits, {"queue": queue, "timeout_seconds": timeout_seconds, "drain_seconds": drain_seconds}
+    )
+    with http.listen(host, port, protected=bool(api_key) or unprotected) as listening:
+        service = open_service(
+            model, limits=limits, max_batch=max_batch, max_tokens=max_tokens, name=name, api_key=api_key
+        )
+        served = {"model": service.model.name, "url": http.address(listening)}
+        typer.echo(json.dumps(served) if as_json else f"serving {served['model']} at {served['url']}")
+        http.serve(service, listening)
+
+
 @app.command("claim")
 def run_claim(
     name: Annotated[str | None, typer.Argument(help="a claim, as --list shows them", show_default=False)] = None,

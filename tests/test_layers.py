@@ -20,10 +20,10 @@ ALLOWED["compress"] = ALLOWED["synthesize"] = ALLOWED["posttrain"] = ALLOWED["ev
     "verify", "generate", "train",
 }  # fmt: skip
 ALLOWED["report"] = ALLOWED["model"] | {"evaluate"}
-ALLOWED["chat"] = ALLOWED["train"] | {"train", "generate"}
+ALLOWED["chat"] = ALLOWED["serve"] = ALLOWED["train"] | {"train", "generate"}
 ALLOWED["recipe"] = ALLOWED["evaluate"] | {"compress", "synthesize", "posttrain", "evaluate", "report"}
 ALLOWED["claim"] = ALLOWED["recipe"] | {"recipe"}
-ALLOWED["cli"] = ALLOWED["claim"] | {"claim", "chat"}
+ALLOWED["cli"] = ALLOWED["claim"] | {"claim", "chat", "serve"}
 ALLOWED["__main__"] = {"cli"}
 WITHOUT_TORCH = {"errors", "config", "artifact", "progress", "verify", "report", "recipe", "claim", "cli"}
 
