@@ -1,26 +1,28 @@
 """One decoding step of each mixer: x += mixer(norm(x)) for one token a row, with the weights of when it was made."""
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bloomery.model import activation, native
 from bloomery.model.attention import Attention
 from bloomery.model.context import Context
-from bloomery.model.folded import AddedLinear, NormedLinear, to_unit_length
+from bloomery.model.folded import AddedLinear, NormedLinear
 from bloomery.model.layers import MLP
 from bloomery.model.mamba import Mamba
 from bloomery.model.norm import RMSNorm, rms_norm
+from bloomery.model.recurrence import Recurrence
 from bloomery.model.rope import rotate_few
 from bloomery.model.state import KeyValueCache, MambaCache
 
 
 class AttentionStep:
-    """x += attention(norm(x)) for one token a row, in few calls: on small models each costs as much as its arithmetic.
+    """x += attention(norm(x)), in few calls: on small models each costs as much as its arithmetic.
 
-    Two batched products take a fraction of the time of the fused kernel, which is made for many queries.
+    Without the kernel, two batched products take a fraction of the time of torch's fused attention, which is made for
+    many queries.
     """
 
     def __init__(self, attention: Attention, norm: RMSNorm):
@@ -29,90 +31,73 @@ class AttentionStep:
         self._out = AddedLinear(attention.o_proj)
         self._head_dim = attention.head_dim
         self._heads, self._key_heads = (linear.out_features // attention.head_dim for linear in (query, key))
-        self._head_norm: Tensor | None = None
-        if attention.q_norm is not None and attention.k_norm is not None:
-            weights = [
-                attention.q_norm.weight.expand(self._heads, -1),
-                attention.k_norm.weight.expand(self._key_heads, -1),
-            ]
-            self._head_norm, self._norm_eps = torch.cat(weights).float(), attention.q_norm.eps
+        self._head_norm, self._norm_eps = _head_norm(attention, self._heads, self._key_heads)
+        self._sizes = native.AttentionSizes(
+            heads=self._heads, key_heads=self._key_heads, head_dim=self._head_dim, norm_eps=self._norm_eps,
+            scale=self._head_dim**-0.5,
+        )  # fmt: skip
 
     def __call__(self, x: Tensor, context: Context, cache: KeyValueCache) -> Tensor:
         """x (batch, hidden) → x; `cache` is extended and attended to."""
-        turned = self._heads + self._key_heads
-        heads = self._into(x).view(len(x), -1, self._head_dim)
-        both, value = heads[:, :turned], heads[:, turned:]
+        heads = self._into(x)
+        attend = self._kernel if native.serves(heads, cache.keys) else self._products
+        return self._out(x, attend(heads, context, cache))
+
+    def _kernel(self, heads: Tensor, context: Context, cache: KeyValueCache) -> Tensor:
+        assert context.starts is not None
+        self._sizes.window = context.sliding_window or 0
+        return native.attend(
+            self._sizes, heads, context.rope, self._head_norm, cache.keys, cache.values, context.starts
+        )
+
+    def _products(self, heads: Tensor, context: Context, cache: KeyValueCache) -> Tensor:
+        rows, turned = len(heads), self._heads + self._key_heads
+        each = heads.view(rows, -1, self._head_dim)
+        both, value = each[:, :turned], each[:, turned:]
         if self._head_norm is not None:
-            both = rms_norm(both.float(), self._head_norm, self._norm_eps).to(x.dtype)
+            both = rms_norm(both.float(), self._head_norm, self._norm_eps).to(heads.dtype)
         if context.rope is not None:
-            both = rotate_few(both, *context.whole_rope).to(x.dtype)
-        query = (both[:, : self._heads] * self._head_dim**-0.5).view(len(x) * self._key_heads, -1, self._head_dim)
-        self._append(both[:, self._heads :], value, context, cache)
+            both = rotate_few(both, *context.whole_rope).to(heads.dtype)
+        query = (both[:, : self._heads] * self._head_dim**-0.5).view(rows * self._key_heads, -1, self._head_dim)
+        _append(both[:, self._heads :], value, context, cache)
         scores = torch.bmm(query, cache.keys[..., : context.total].flatten(0, 1))
         if context.mask is not None:
             seen = context.mask[:, 0]
-            scores = scores.view(len(x), -1, context.total).masked_fill(~seen, -math.inf).view_as(scores)
-        weights = torch.softmax(scores, -1, dtype=torch.float32).to(x.dtype)
-        return self._out(x, torch.bmm(weights, cache.values[:, :, : context.total].flatten(0, 1)).view(len(x), -1))
+            scores = scores.view(rows, -1, context.total).masked_fill(~seen, -math.inf).view_as(scores)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(heads.dtype)
+        return torch.bmm(weights, cache.values[:, :, : context.total].flatten(0, 1)).view(rows, -1)
 
-    def _append(self, key: Tensor, value: Tensor, context: Context, cache: KeyValueCache) -> None:
-        """key and value (batch, key_value_heads, head_dim) go after what each row holds."""
-        if context.aligned:
-            cache.keys[..., context.held] = key
-            cache.values[:, :, context.held] = value
-        else:
-            rows = torch.arange(len(key), device=key.device)
-            cache.keys[rows, :, :, context.starts] = key
-            cache.values[rows, :, context.starts] = value
+
+def _head_norm(attention: Attention, heads: int, key_heads: int) -> tuple[Tensor | None, float]:
+    """The norm weights of all query and key heads, (heads + key_heads, head_dim) float32, and the epsilon."""
+    if attention.q_norm is None or attention.k_norm is None:
+        return None, 0.0
+    weights = [attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(key_heads, -1)]
+    return torch.cat(weights).float(), attention.q_norm.eps
+
+
+def _append(key: Tensor, value: Tensor, context: Context, cache: KeyValueCache) -> None:
+    """key and value (batch, key_value_heads, head_dim) go after what each row holds."""
+    if context.aligned:
+        cache.keys[..., context.held] = key
+        cache.values[:, :, context.held] = value
+    else:
+        rows = torch.arange(len(key), device=key.device)
+        cache.keys[rows, :, :, context.starts] = key
+        cache.values[rows, :, context.starts] = value
 
 
 class MambaStep:
-    """x += mamba(norm(x)) for one token a row: the recurrence itself, in place."""
+    """x += mamba(norm(x)): the recurrence itself, in place."""
 
     def __init__(self, mamba: Mamba, norm: RMSNorm):
-        self._mamba, self._sizes, self._groups = mamba, mamba.config.mamba_in_proj_sizes, mamba.config.n_groups
         self._into = NormedLinear(norm, [mamba.in_proj])
-        self._taps = mamba.conv1d.weight[:, 0].T.contiguous()
-        self._rates, self._D = (self._by_channel(each) for each in (mamba.decay_rates(), mamba.D.float()))
-        size = mamba.config.mamba_inner_size // self._groups
-        self._eps = torch.tensor(mamba.norm.eps * size, device=self._taps.device)
-        self._out = AddedLinear(mamba.out_proj, mamba.norm.weight.float() * math.sqrt(size))
+        self._recurrence = Recurrence(mamba)
+        self._out = AddedLinear(mamba.out_proj, self._recurrence.scale)
 
     def __call__(self, x: Tensor, context: Context, cache: MambaCache) -> Tensor:
         """x (batch, hidden) → x; `cache` moves on."""
-        z, conv_in, dt = self._into(x).split(self._sizes, dim=-1)
-        inputs, B, C = self._mamba.split(self._conv(conv_in, cache.conv).float())
-        inputs = inputs.flatten(1)
-        y = self._recur(inputs, self._by_channel(self._mamba.time_steps(dt)), B, C, cache.ssm)
-        gated = y.addcmul_(inputs, self._D).mul_(F.silu(z.float())).view(len(x), self._groups, -1)
-        return self._out(x, to_unit_length(gated, self._eps).view(len(x), -1).to(x.dtype))
-
-    def _recur(self, inputs: Tensor, dt: Tensor, B: Tensor, C: Tensor, ssm: Tensor) -> Tensor:
-        """The state's update and what C reads from it, (batch, channels) like inputs and dt.
-
-        Channels of a group share B and C.
-        """
-        state = ssm.view(-1, *ssm.shape[2:])
-        rows, columns, channels = state.shape
-        decay = (dt * self._rates).exp_().view(rows, 1, channels)
-        update = (inputs * dt).view(rows, 1, channels)
-        state.mul_(decay).addcmul_(B.reshape(rows, columns, 1), update)
-        return torch.bmm(C.reshape(rows, 1, columns), state).view(inputs.shape)
-
-    def _by_channel(self, heads: Tensor) -> Tensor:
-        """A number a head, (…, heads), repeated for its channels."""
-        return heads.unsqueeze(-1).expand(*heads.shape, self._mamba.config.mamba_head_dim).flatten(-2)
-
-    def _conv(self, new: Tensor, held: Tensor) -> Tensor:
-        """SiLU of the convolution at one new column (batch, channels); `held` (batch, K − 1, channels) moves on."""
-        taps, bias = self._taps, self._mamba.conv1d.bias
-        mixed = new * taps[-1] if bias is None else torch.addcmul(bias, new, taps[-1])
-        columns = [*held.unbind(1), new]
-        for column, tap in zip(columns[:-1], taps[:-1], strict=True):
-            mixed.addcmul_(column, tap)
-        for column, following in pairwise(columns):
-            column.copy_(following)
-        return F.silu(mixed, inplace=True)
+        return self._out(x, self._recurrence(self._into(x).unsqueeze(1), cache)[:, 0])
 
 
 class MLPStep:
@@ -127,4 +112,9 @@ class MLPStep:
     def __call__(self, x: Tensor, *_: object) -> Tensor:
         """x (rows, hidden) → x."""
         inner = self._into(x)
+        if native.serves(inner) and self._plain in _SQUARED:
+            return self._out(x, native.activate(inner, self._gated is not None, _SQUARED[self._plain]))
         return self._out(x, self._plain(inner) if self._gated is None else self._gated(*inner.chunk(2, -1)))
+
+
+_SQUARED = {F.silu: False, activation.squared_relu: True}

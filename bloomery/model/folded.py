@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from bloomery.model import native
 from bloomery.model.norm import RMSNorm
 
 
@@ -18,7 +19,7 @@ class NormedLinear:
         self._weight = transposed([linear.weight for linear in linears], norm.weight.float() * math.sqrt(size))
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
-        self._eps = torch.tensor(norm.eps * size, device=self._weight.device)
+        self._eps = norm.eps * size
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (rows, in) → (rows, out)."""
@@ -45,7 +46,9 @@ def transposed(weights: Sequence[Tensor], scale: Tensor | None = None) -> Tensor
     return whole if scale is None else (whole.float() * scale[:, None]).to(whole.dtype)
 
 
-def to_unit_length(x: Tensor, eps: Tensor) -> Tensor:
+def to_unit_length(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(Σx² + eps) over the last dimension: RMSNorm but for a factor √size, which the caller folds elsewhere."""
+    if native.serves(x) and x.is_contiguous():
+        return native.unit_length(x, eps)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.addcmul(eps, length, length).rsqrt_()
+    return x * length.square_().add_(eps).rsqrt_()
