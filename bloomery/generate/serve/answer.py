@@ -25,6 +25,7 @@ class Answer:
             "model": model.name,
         }
         self._texts = [TextStream(model.decode, request.params.stop) for request in plan.requests]
+        self._spell = _as_id if plan.body.return_tokens_as_token_ids else model.spell
         self._written = [0] * len(plan.requests)  # characters sent of each
         self._completions: list[Completion] = []
 
@@ -47,7 +48,8 @@ class Answer:
         text, completion = self._texts[index].push(update.token_ids), update.completion
         if completion is not None:
             self._completions.append(completion)
-            text += self._rest(index, completion, text)
+            assert completion.text is not None, "the served engine has a decoder"
+            text += self._texts[index].finish(completion.text)
         shows_tokens = self._plan.alternatives is not None or self._plan.body.return_token_ids
         if not (text or completion or (shows_tokens and update.token_ids)):
             return None
@@ -65,10 +67,6 @@ class Answer:
         """The events after all text: the numbers of tokens, where asked for."""
         return [self._event([]) | {"usage": self._usage()}] if self._plan.body.include_usage else []
 
-    def _rest(self, index: int, completion: Completion, text: str) -> str:
-        assert completion.text is not None, "the served engine has a decoder"
-        return self._texts[index].finish(completion.text)
-
     def _event(self, choices: list[Json]) -> Json:
         kind = "chat.completion.chunk" if self._plan.chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices}
@@ -79,7 +77,10 @@ class Answer:
         if self._plan.echo:
             ids, text = [*prompt, *ids], self._model.decode(prompt) + (text or "")
             logprobs = [*(completion.prompt_logprobs or [None] * len(prompt)), *(logprobs or [])]
-            tops = [*(completion.prompt_top_logprobs or [None] * len(prompt)), *(tops or [None] * len(logprobs))]
+            tops = [
+                *(completion.prompt_top_logprobs or [None] * len(prompt)),
+                *(tops or [None] * len(completion.token_ids)),
+            ]
         choice: Json = {"index": index, "finish_reason": completion.finish_reason}
         choice["logprobs"] = self._logprobs(ids, logprobs, tops, 0)
         if self._plan.chat:
@@ -97,8 +98,8 @@ class Answer:
             return None
         tops = tops or [None] * len(ids)
         if self._plan.chat:
-            return _of_chat(self._model.spell, ids, logprobs, tops)
-        return _of_text(self._model.spell, ids, logprobs, tops, offset)
+            return _of_chat(self._spell, ids, logprobs, tops)
+        return _of_text(self._spell, ids, logprobs, tops, offset)
 
     def _usage(self) -> Json:
         prompt = sum(map(len, self._plan.prompts))
@@ -108,6 +109,10 @@ class Answer:
             "prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written,
             "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
+
+
+def _as_id(token: int) -> str:
+    return f"token_id:{token}"
 
 
 def _sorted(top: dict[int, float] | None) -> list[tuple[int, float]]:

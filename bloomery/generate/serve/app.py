@@ -97,8 +97,8 @@ class Service:
     def _check_key(self, request: Request) -> None:
         if self._api_key is None:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not secrets.compare_digest(given.encode(), self._api_key.encode()):
+        given = request.headers.get("authorization", "")
+        if not secrets.compare_digest(given.encode(), f"Bearer {self._api_key}".encode()):
             raise ApiError(
                 401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key"
             )
@@ -232,9 +232,7 @@ async def _wait_until_left(request: Request) -> None:
 
 async def _no_such_page(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = (
-        f"{request.method} {request.url.path}: {error.detail}; try /v1/models or /v1/completions"
-    )
+    message = f"{request.method} {request.url.path}: {error.detail}; try /v1/models or /v1/completions"
     return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
 
 

@@ -55,6 +55,7 @@ class Body(Config):
     stream: bool | None = Field(default=None, description="server-sent events instead of one answer")
     stream_options: StreamOptions | None = Field(default=None, description="only with stream")
     return_token_ids: bool | None = Field(default=None, description="token_ids and prompt_token_ids in every choice")
+    return_tokens_as_token_ids: bool | None = Field(default=None, description="spell tokens of logprobs as token_id:N")
 
     foreign: ClassVar[tuple[str, ...]] = ()  # fields of the other endpoint, refused by name
 
