@@ -1,199 +1,168 @@
-"""The sequences being generated: rows 0 … n−1 of preallocated memory, always without a gap.
+"""The sequences being generated: rows 0 … n−1 of memory that follows their number and length, always without a gap.
 
 A row that ends is replaced by the last one, and newcomers are appended. So every decoding step runs on exactly the live
 rows, as views, and the batch shrinks by itself when nothing waits.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from bloomery.errors import DivergenceError
-from bloomery.generate.prefill import Prefilled, Waiting
-from bloomery.generate.request import Completion, FinishReason
-from bloomery.generate.sampling import RowSettings, SamplingParams, sample, uniforms
-from bloomery.generate.stopping import Decode, StopStrings, cut
+from bloomery.generate.prefill import Allocate, Member, Prefilled
+from bloomery.generate.request import FinishReason, Prompt, Update
+from bloomery.generate.stopping import Decode
+from bloomery.generate.window import Live, Window
 from bloomery.model.state import DecodeState
 from bloomery.model.step import Step
 
+BLOCK = 128  # tokens: a row's memory grows by at least so many
+_WORTH_FREEING = 64 * 2**20  # bytes: a smaller memory is not copied only to shrink it
 
-@dataclass
-class Rows:
-    """What is kept for each row, on the model's device; the last three have a column per new token."""
-
-    last: Tensor  # (rows, 1) int64: the token to feed next
-    produced: Tensor  # (rows, 1) int64: tokens generated so far
-    stops: Tensor  # (rows, widest set of stop tokens) int64, padded with −1
-    tokens: Tensor  # int64
-    logprobs: Tensor  # float32
-    uniforms: Tensor  # float64
-
-    @classmethod
-    def allocate(cls, count: int, params: Sequence[SamplingParams], device: torch.device) -> "Rows":
-        """Room for `count` rows, each for any of `params`."""
-        wide = max((p.max_new_tokens for p in params), default=0)
-        stops = max((len(p.stop_token_ids) for p in params), default=0)
-        widths = [1, 1, stops, wide, wide, wide]
-        dtypes = [torch.int64] * 4 + [torch.float32, torch.float64]
-        return cls(*(torch.zeros(count, w, dtype=t, device=device) for w, t in zip(widths, dtypes, strict=True)))
-
-    def view(self, start: int, stop: int) -> "Rows":
-        """Rows start … stop−1, sharing memory."""
-        return Rows(*(getattr(self, field.name)[start:stop] for field in fields(self)))
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy rows `source` onto rows `target`."""
-        for field in fields(self):
-            buffer = getattr(self, field.name)
-            buffer[target] = buffer[source]
-
-    def start(self, params: Sequence[SamplingParams]) -> None:
-        """Begin all rows afresh with these settings, one a row."""
-        self.produced.zero_()
-        wide, stops = max(p.max_new_tokens for p in params), self.stops.shape[1]
-        self.stops.copy_(torch.tensor([[*p.stop_token_ids, *[-1] * (stops - len(p.stop_token_ids))] for p in params]))
-        self.uniforms[:, :wide].copy_(torch.from_numpy(uniforms([p.seed for p in params], wide)))
-
-
-@dataclass
-class Live:
-    """One sequence being generated."""
-
-    waiting: Waiting
-    watch: StopStrings | None
-
-    @property
-    def params(self) -> SamplingParams:
-        """The request's settings."""
-        return self.waiting.request.params
-
-
-class Window:
-    """Some consecutive live rows with their settings: made when the rows change, used every step."""
-
-    def __init__(self, rows: Rows, live: list[Live]):
-        self.rows = rows
-        self._settings = RowSettings.of([one.params for one in live], rows.last.device)
-        self._watched = [(row, one.watch) for row, one in enumerate(live) if one.watch]
-        self._stops = any(one.params.stop_token_ids for one in live)
-        produced = rows.produced.flatten().tolist()
-        self._left = [one.params.max_new_tokens - count for one, count in zip(live, produced, strict=True)]
-        self._soonest, self._drawn = min(self._left), 0
-
-    def draw(self, logits: Tensor) -> list[int]:
-        """Draw and record a token for each row; logits (rows, vocab) are overwritten. Returns the rows that end."""
-        rows = self.rows
-        token, logprob = sample(logits, self._settings, rows.uniforms.gather(1, rows.produced))
-        rows.tokens.scatter_(1, rows.produced, token)
-        rows.logprobs.scatter_(1, rows.produced, logprob)
-        rows.last.copy_(token)
-        rows.produced += 1
-        self._drawn += 1
-        return sorted(self._ended(token))
-
-    def _ended(self, token: Tensor) -> set[int]:
-        """Looks at the tokens only where one can end a text: on an accelerator, looking waits for it."""
-        ended: set[int] = set()
-        if self._drawn == self._soonest:
-            ended.update(row for row, left in enumerate(self._left) if left == self._drawn)
-        if self._stops:
-            ended.update((self.rows.stops == token).any(1).nonzero().flatten().tolist())
-        if self._watched:
-            tokens = token.flatten().tolist()
-            ended.update([row for row, watch in self._watched if watch.push(tokens[row])])
-        return ended
+Remember = Callable[[Prompt, DecodeState, int], None]  # the tokens that a row of a state holds
 
 
 class Batch:
-    """Live sequences, and what is done to them: each of `admit`, `decode`, `abort` returns what ended, as
-    (index, Completion)."""
+    """Live sequences, and what is done to them; `admit`, `decode` and `abort` return news."""
 
-    def __init__(self, step: Step, state: DecodeState, rows: Rows, text_of: Decode | None, weight_version: int):
-        self._step, self._state, self._rows, self._text_of = step, state, rows, text_of
-        self.weight_version = weight_version
+    def __init__(self, allocate: Allocate, max_rows: int, text_of: Decode | None, remember: Remember):
+        self._allocate, self._max_rows = allocate, max_rows
+        self._text_of, self._remember = text_of, remember
+        self.weight_version = 0
         self._live: list[Live] = []
+        self._window: Window | None = None
+        self._longest = 0  # tokens held by the longest row
+        self.free()
 
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the memory: `config.cache_bytes` of the rows and tokens there is room for."""
+        return self._state.nbytes
+
+    def free(self) -> None:
+        """Give back the memory of an empty batch."""
+        assert not self._live
+        self._state, self._window, self._longest = self._allocate(0, 0), None, 0
+
     @torch.no_grad()
-    def admit(self, starting: list[Waiting], prefilled: Prefilled) -> list[tuple[int, Completion]]:
-        """Append requests whose prompts have been read, and draw their first tokens."""
-        start, stop = len(self._live), len(self._live) + len(starting)
-        self._state.put(torch.arange(start, stop, device=prefilled.logits.device), prefilled.state)
-        self._live += [Live(waiting, self._watch(waiting)) for waiting in starting]
-        rows = self._rows.view(start, stop)
-        rows.start([waiting.request.params for waiting in starting])
-        ended = Window(rows, self._live[start:]).draw(prefilled.logits.clone())
-        finished = self._retire([start + row for row in ended])
+    def admit(self, prefilled: Prefilled) -> list[Update]:
+        """Append requests whose prompts have been read, and draw their first tokens; some wanted no more than that."""
+        scored = [member for member in prefilled.members if not member.waiting.params.max_new_tokens]
+        members = [member for member in prefilled.members if member.waiting.params.max_new_tokens]
+        news = [self._last_update(Live.begin(member, self._text_of)) for member in scored]
+        return news + self._start(members, *prefilled.expanded(members)) if members else news
+
+    def _start(self, members: Sequence[Member], state: DecodeState, logits: Tensor) -> list[Update]:
+        self._flush()
+        start = len(self._live)
+        new = [Live.begin(member, self._text_of) for member in members]
+        self._live += new
+        self._make_room(len(self._live), max(self._longest, *(len(one.waiting.prompt) for one in new)) + 1)
+        self._state.put(torch.arange(start, len(self._live), device=logits.device), state)
+        window = Window(new, logits.device)
+        ended = [start + row for row in window.draw(logits)]
+        window.flush()
+        news = self._news(ended, new)
+        self._retire(ended)
         self._reshape()
-        return finished
+        return news
 
-    def renew(self, step: Step, weight_version: int) -> None:
-        """Go on with new weights."""
-        self._step, self.weight_version = step, weight_version
-
-    @torch.inference_mode()
-    def decode(self) -> list[tuple[int, Completion]]:
+    def decode(self, step: Step) -> list[Update]:
         """One step: feed each row's last token, draw its next."""
-        finished = self._retire(self._window.draw(self._step(self._window.rows.last, self._memory)))
-        if finished:
-            self._reshape()
-        return finished
-
-    def abort(self) -> list[tuple[int, Completion]]:
-        """End every live sequence where it is."""
-        finished = [self._complete(row, "abort") for row in range(len(self._live))]
-        self._live = []
-        return finished
-
-    def _watch(self, waiting: Waiting) -> StopStrings | None:
-        stop = waiting.request.params.stop
-        return StopStrings(stop, self._text_of) if stop and self._text_of else None
-
-    def _reshape(self) -> None:
-        count = len(self._live)
-        if count:
-            self._window = Window(self._rows.view(0, count), self._live)
-            self._memory = self._state.head(count)
-
-    def _retire(self, ended: list[int]) -> list[tuple[int, Completion]]:
-        """Take out the rows that ended and close the gaps with the last rows."""
-        if not ended:
+        window = self._window
+        assert window is not None
+        self._make_room(len(self._live), self._longest + 1)
+        with torch.inference_mode():
+            ended = window.draw(step(window.last, self._memory))
+        self._longest += 1
+        if not ended and not self._streaming:
             return []
-        finished = [self._complete(row) for row in ended]
-        count = len(self._live) - len(ended)
-        gone = set(ended)
-        holes = [row for row in ended if row < count]
-        movers = [row for row in range(count, len(self._live)) if row not in gone]
+        window.flush()
+        news = self._news(ended, self._streaming)
+        if ended:
+            self._retire(ended)
+            self._reshape()
+        return news
+
+    def abort(self) -> list[Update]:
+        """End every live sequence where it is."""
+        self._flush()
+        news = [self._last_update(one, "abort") for one in self._live]
+        self._live = []
+        return news
+
+    def cancel(self, tickets: Collection[int]) -> None:
+        """Take these sequences out without a word."""
+        rows = [row for row, one in enumerate(self._live) if one.waiting.ticket in tickets]
+        if rows:
+            self._flush()
+            self._close_gaps(rows)
+            self._reshape()
+
+    def _flush(self) -> None:
+        if self._window is not None:
+            self._window.flush()
+
+    def _news(self, ended: list[int], heard: list[Live]) -> list[Update]:
+        """The last update of the rows that ended, and the tokens of those of `heard` that stream."""
+        finished = {id(self._live[row]) for row in ended}
+        last = [self._last_update(self._live[row]) for row in ended]
+        return last + [one.update() for one in heard if one.waiting.request.stream and id(one) not in finished]
+
+    def _last_update(self, one: Live, reason: FinishReason | None = None) -> Update:
+        return one.update(one.complete(self._text_of, self.weight_version, reason))
+
+    def _retire(self, ended: list[int]) -> None:
+        """Take out rows that ended, remembering those that are worth it."""
+        for row in ended:
+            one = self._live[row]
+            if one.keep and one.held > len(one.waiting.prompt):
+                self._remember((*one.waiting.prompt, *one.tokens[:-1]), self._state, row)
+        self._close_gaps(ended)
+
+    def _close_gaps(self, gone: list[int]) -> None:
+        """Take these rows out; the last ones move into the gaps."""
+        count = len(self._live) - len(gone)
+        holes = [row for row in gone if row < count]
+        movers = [row for row in range(count, len(self._live)) if row not in set(gone)]
         if holes:
-            source, target = (torch.tensor(rows, device=self._rows.last.device) for rows in (movers, holes))
+            source, target = (torch.tensor(rows, device=self._state.lengths.device) for rows in (movers, holes))
             self._state.put(target, self._state.take(source))
-            self._rows.move(source, target)
             for mover, hole in zip(movers, holes, strict=True):
                 self._live[hole] = self._live[mover]
         del self._live[count:]
-        return finished
 
-    def _complete(self, row: int, reason: FinishReason | None = None) -> tuple[int, Completion]:
-        live, rows, params = self._live[row], self._rows, self._live[row].params
-        count = int(rows.produced[row])
-        tokens, logprobs = rows.tokens[row, :count].tolist(), rows.logprobs[row, :count].tolist()
-        damaged = [position for position, logprob in enumerate(logprobs, 1) if math.isnan(logprob)]
-        if damaged:
-            raise DivergenceError(
-                f"request {live.waiting.index}: the model's logits for token {damaged[0]} are not finite; "
-                "its weights are damaged or diverged in training: use an earlier checkpoint"
-            )
-        at_stop_token = tokens[-1] in params.stop_token_ids
-        stopped = at_stop_token or bool(live.watch and live.watch.found)
-        text = None
-        if self._text_of:
-            text = cut(self._text_of(tokens[:-1] if at_stop_token else tokens), params.stop)
-        reason = reason or ("stop" if stopped else "length")
-        return live.waiting.index, Completion(
-            tokens, logprobs if params.logprobs else None, reason, self.weight_version, text
-        )
+    def _reshape(self) -> None:
+        """What the next steps run on, after the rows have changed."""
+        self._longest = max((one.held for one in self._live), default=0)
+        if not self._live:
+            return
+        self._give_back()
+        self._window = Window(self._live.copy(), self._state.lengths.device)
+        self._streaming = [one for one in self._live if one.waiting.request.stream]
+        self._memory = self._state.head(len(self._live))
+
+    def _make_room(self, rows: int, tokens: int) -> None:
+        """Grow to at least this size: twofold, but never beyond what the sequences can come to."""
+        held_rows, held_tokens = self._state.batch, self._state.max_tokens
+        if rows > held_rows:
+            held_rows = min(self._max_rows, max(rows, 2 * held_rows))
+        if tokens > held_tokens:
+            most = max(one.most for one in self._live)
+            held_tokens = min(most, max(_in_blocks(tokens), 2 * held_tokens))
+        if (held_rows, held_tokens) != (self._state.batch, self._state.max_tokens):
+            self._state.resize(held_rows, held_tokens)
+            self._memory = self._state.head(len(self._live))
+
+    def _give_back(self) -> None:
+        """Shrink memory of which less than a quarter is in use."""
+        rows, tokens = len(self._live), min(_in_blocks(self._longest + 1), self._state.max_tokens)
+        if self._state.nbytes > _WORTH_FREEING and self._state.batch * self._state.max_tokens > 4 * rows * tokens:
+            self._state.resize(rows, tokens)
+
+
+def _in_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK

@@ -4,18 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bloomery.errors import ConfigError
 from bloomery.generate.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
+Prompt = tuple[int, ...]
+Alternatives = dict[int, float]
+"""Token → log-probability, likeliest first."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Continue `prompt_ids` as `params` say."""
+    """Continue `prompt_ids` as `params` say. `stream`: report tokens while they come (`Engine.step`)."""
 
     prompt_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Completion:
     drawn from (`None` when the request switched them off). `text`, present when the engine has a decoder, ends before
     the stop token or stop string. `finish_reason` is `stop`, `length` (max_new_tokens reached) or `abort`
     (`Engine.sync` was called in the middle). `weight_version` is the engine's at the time of sampling.
+
+    `top_logprobs` holds the likeliest tokens at each place, of the same distribution. `prompt_logprobs` and
+    `prompt_top_logprobs` have one entry per prompt token, at temperature 1; the first has nothing before it: `None`.
+    Each is `None` as a whole when the request did not ask. `cached_tokens` of the prompt were not read but remembered.
     """
 
     token_ids: list[int]
@@ -34,17 +41,43 @@ class Completion:
     finish_reason: FinishReason
     weight_version: int
     text: str | None = None
+    top_logprobs: list[Alternatives] | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[Alternatives | None] | None = None
+    cached_tokens: int = 0
 
 
-def check_requests(requests: Sequence[Request], max_tokens: int, vocab_size: int, has_decode: bool) -> None:
-    """Raises `ConfigError`, naming the request, for one that the engine cannot run."""
-    for index, request in enumerate(requests):
-        problem = _problem(request, max_tokens, vocab_size, has_decode)
-        if problem:
-            raise ConfigError(f"request {index}: {problem}")
+@dataclass(frozen=True)
+class Update:
+    """News of one request: with `Request.stream` the tokens since the last update, and at its end the completion.
+
+    `logprobs` and `top_logprobs` go with `token_ids`; they are empty and `None` when the request did not ask.
+    """
+
+    ticket: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[Alternatives] | None = None
+    completion: Completion | None = None
 
 
-def _problem(request: Request, max_tokens: int, vocab_size: int, has_decode: bool) -> str | None:
+@dataclass(frozen=True)
+class Waiting:
+    """A request that has not begun. `label` names it in errors."""
+
+    ticket: int
+    label: str
+    request: Request
+    prompt: Prompt
+
+    @property
+    def params(self) -> SamplingParams:
+        """The request's settings."""
+        return self.request.params
+
+
+def problem_of(request: Request, max_tokens: int, vocab_size: int, has_decode: bool) -> str | None:
+    """Why an engine of this size cannot run the request; `None` when it can."""
     prompt, params = request.prompt_ids, request.params
     if not len(prompt):
         return "the prompt is empty; give at least one token, for example the beginning-of-sequence token"

@@ -1,6 +1,6 @@
 """What a decoder remembers between calls: keys and values, convolution columns, Mamba-2 states. Written in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -25,6 +25,16 @@ class KeyValueCache:
         values = torch.zeros(batch, config.num_key_value_heads, max_tokens, config.head_dim, device=device, dtype=dtype)
         return cls(torch.zeros_like(values.mT, memory_format=torch.contiguous_format), values)
 
+    def resize(self, batch: int, max_tokens: int) -> None:
+        """See `DecodeState.resize`."""
+        _, heads, _, head_dim = self.values.shape
+        self.keys = _fitted(self.keys, (batch, heads, head_dim, max_tokens))
+        self.values = _fitted(self.values, (batch, heads, max_tokens, head_dim))
+
+    def span(self, row: int, start: int, stop: int) -> list[Tensor]:
+        """Views of a row's keys (key_value_heads, head_dim, n) and values (key_value_heads, n, head_dim)."""
+        return [self.keys[row, :, :, start:stop], self.values[row, :, start:stop]]
+
 
 @dataclass
 class MambaCache:
@@ -43,6 +53,11 @@ class MambaCache:
         conv = batch, config.conv_kernel - 1, config.mamba_conv_size
         return cls(torch.zeros(conv, device=device, dtype=dtype), torch.zeros(ssm, device=device, dtype=torch.float32))
 
+    def resize(self, batch: int, max_tokens: int) -> None:
+        """See `DecodeState.resize`; the size of a row does not depend on its tokens."""
+        self.conv = _fitted(self.conv, (batch, *self.conv.shape[1:]))
+        self.ssm = _fitted(self.ssm, (batch, *self.ssm.shape[1:]))
+
 
 Cache = KeyValueCache | MambaCache | None
 CACHES: dict[str, type[KeyValueCache] | type[MambaCache]] = {"*": KeyValueCache, "M": MambaCache}
@@ -50,7 +65,7 @@ CACHES: dict[str, type[KeyValueCache] | type[MambaCache]] = {"*": KeyValueCache,
 
 @dataclass
 class DecodeState:
-    """Preallocated memory for `batch` sequences, each at its own length.
+    """Memory for `batch` sequences, each at its own length and of at most `max_tokens`; `resize` changes both.
 
     `lengths` (batch,) int64 counts the tokens held by each row. A row whose length is 0 is free: what its buffers
     hold is ignored by attention; `clear` (or `put`) makes them usable again for the Mamba-2 layers.
@@ -82,6 +97,25 @@ class DecodeState:
         """Rows, free ones included."""
         return len(self.lengths)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers: `config.cache_bytes(batch, max_tokens, dtype)`."""
+        buffers = (getattr(cache, field.name) for cache in self.layers if cache for field in fields(cache))
+        return sum(buffer.nbytes for buffer in buffers)
+
+    def resize(self, rows: int, max_tokens: int) -> None:
+        """Room for `rows` sequences of `max_tokens`. Rows beyond are dropped, new ones are free.
+
+        The buffers are new tensors afterwards, made one layer after the other, so that little is held twice.
+        """
+        held = int(self.lengths[:rows].max()) if rows and self.batch else 0
+        if held > max_tokens:
+            raise ValueError(f"resize: a row holds {held} tokens, {max_tokens} do not hold it; keep at least {held}")
+        for cache in self.layers:
+            if cache is not None:
+                cache.resize(rows, max_tokens)
+        self.lengths, self.max_tokens = _fitted(self.lengths, (rows,)), max_tokens
+
     def head(self, rows: int) -> "DecodeState":
         """The first `rows` rows, sharing memory: decode fewer sequences without copying."""
         return DecodeState(
@@ -110,6 +144,16 @@ class DecodeState:
                 mine.ssm[slots] = theirs.ssm
         self.lengths[slots] = other.lengths
 
+    def span(self, row: int, start: int, stop: int) -> list[Tensor]:
+        """Views of what row `row` holds for tokens start … stop − 1: keys and values of each attention layer."""
+        caches = [cache for cache in self.layers if isinstance(cache, KeyValueCache)]
+        return [view for cache in caches for view in cache.span(row, start, stop)]
+
+    def memory(self, row: int) -> list[Tensor]:
+        """Views of what row `row` remembers as a whole: convolution columns and state of each Mamba-2 layer."""
+        caches = [cache for cache in self.layers if isinstance(cache, MambaCache)]
+        return [view for cache in caches for view in (cache.conv[row], cache.ssm[row])]
+
     def clear(self, slots: Tensor) -> None:
         """Frees rows `slots` (n,): length 0 and empty Mamba-2 memory, ready for a new prompt."""
         self.lengths[slots] = 0
@@ -117,6 +161,14 @@ class DecodeState:
             if isinstance(cache, MambaCache):
                 cache.conv[slots] = 0
                 cache.ssm[slots] = 0
+
+
+def _fitted(buffer: Tensor, shape: Sequence[int]) -> Tensor:
+    """A buffer of this shape: what both have in common is copied, the rest is zero."""
+    fitted = buffer.new_zeros(shape)
+    common = tuple(slice(min(old, new)) for old, new in zip(buffer.shape, shape, strict=True))
+    fitted[common] = buffer[common]
+    return fitted
 
 
 def _map(cache: Cache, function: Callable[[Tensor], Tensor]) -> Cache:
