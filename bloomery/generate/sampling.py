@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bloomery.config import Config
+from bloomery.model import native
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -169,6 +170,10 @@ def sample(logits: Tensor, settings: RowSettings, uniform: Tensor) -> tuple[Tens
         whose logits are not finite gets NaN.
     """
     logits = logits.float()
+    if not settings.filters and native.serves(logits):
+        temperatures = _filled(settings.temperature, len(logits), torch.float32)
+        greedy = _filled(settings.greedy, len(logits), torch.bool)
+        return native.draw(logits.contiguous(), uniform.contiguous(), temperatures, greedy)
     if settings.greedy is True:
         return _likeliest(logits, settings.logprobs)
     weights = _weigh(logits, settings)
@@ -176,6 +181,13 @@ def sample(logits: Tensor, settings: RowSettings, uniform: Tensor) -> tuple[Tens
     if settings.greedy is not False:
         token = torch.where(settings.greedy, weights.max(-1, keepdim=True).indices, token)
     return token, (weights.gather(-1, token) / total).log().float()
+
+
+def _filled(setting: float | bool | Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """A setting as one value a row, (rows,)."""
+    if isinstance(setting, Tensor):
+        return setting.flatten().to(dtype)
+    return torch.full((rows,), setting, dtype=dtype)
 
 
 def likeliest(logits: Tensor, settings: RowSettings, count: int) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ struct Running {
     void take(float* scores, int64_t n, float* sums, int64_t size) {
         float top = highest;
 #pragma omp simd reduction(max : top)
-        for (int64_t t = 0; t < n; ++t) top = std::max(top, scores[t]);
+        for (int64_t t = 0; t < n; ++t) top = scores[t] > top ? scores[t] : top;
         float keep = exponential(highest - top), added = 0;
         if (highest != top)
             for (int64_t d = 0; d < size; ++d) sums[d] *= keep;
@@ -305,23 +305,32 @@ static void move_columns(const Mamba& m, const float* in, float* conv, int64_t v
 
 constexpr int64_t BLOCK = 64;  // logits summed in float32 before the sums are added in float64
 
-static float weight_of(float logit, float highest, float temperature) { return exponential((logit - highest) / temperature); }
+static inline float weight_of(float logit, float highest, float inverse) {
+    return exponential((logit - highest) * inverse);
+}
+
+static inline float weight_of_block(const float* logits, int64_t n, float highest, float inverse) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += weight_of(logits[i], highest, inverse);
+    return sum;
+}
 
 // The token in whose share of the row's total weight `uniform` falls, and that share's logarithm.
 static void draw_row(const float* logits, int64_t vocab, double uniform, float temperature, bool greedy,
                      int64_t* token, float* logprob) {
-    float highest = -INFINITY;
+    float highest = -INFINITY, inverse = 1.f / temperature;
 #pragma omp simd reduction(max : highest)
-    for (int64_t i = 0; i < vocab; ++i) highest = std::max(highest, logits[i]);
+    for (int64_t i = 0; i < vocab; ++i) highest = logits[i] > highest ? logits[i] : highest;
     int64_t blocks = (vocab + BLOCK - 1) / BLOCK;
     std::vector<double> mass(blocks);
     double total = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-        float sum = 0;
-        int64_t stop = std::min(vocab, (b + 1) * BLOCK);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = b * BLOCK; i < stop; ++i) sum += weight_of(logits[i], highest, temperature);
-        mass[b] = total += sum;
+        const float* start = logits + b * BLOCK;
+        int64_t rest = vocab - b * BLOCK;  // whole blocks apart: their loop needs no bounds
+        total += rest < BLOCK ? weight_of_block(start, rest, highest, inverse)
+                              : weight_of_block(start, BLOCK, highest, inverse);
+        mass[b] = total;
     }
     int64_t chosen = 0;
     if (greedy) {
@@ -334,14 +343,14 @@ static void draw_row(const float* logits, int64_t vocab, double uniform, float t
         chosen = b * BLOCK;
         int64_t last = chosen, stop = std::min(vocab, (b + 1) * BLOCK);
         for (int64_t i = chosen; i < stop; ++i) {
-            float weight = weight_of(logits[i], highest, temperature);
+            float weight = weight_of(logits[i], highest, inverse);
             if (weight > 0) last = i;  // rounding must never choose a token of weight 0
             if ((before += weight) > point) break;
         }
         chosen = last;
     }
     *token = chosen;
-    *logprob = static_cast<float>(std::log(weight_of(logits[chosen], highest, temperature) / total));
+    *logprob = static_cast<float>(std::log(weight_of(logits[chosen], highest, inverse) / total));
 }
 
 extern "C" {
