@@ -23,6 +23,7 @@ MULTIPLE = 16
 """Both sizes of a product must be a multiple of this."""
 
 _FP8_UNITS = (8, 9)  # compute capability: Ada, Hopper and later
+_WITHOUT_SIGN = 0x7F
 _ROUND_OFF = 1e-6  # amax · (F / amax) may exceed F by this much, which is no saturation
 
 
@@ -123,12 +124,9 @@ class Fp8Product:
 
 
 def _counts(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    saturated = (x.float() * scale).abs_() > torch.finfo(values.dtype).max * (1 + _ROUND_OFF)
-    present = x != 0
-    flushed = present & (values.float() == 0)
-    return torch.stack(
-        [saturated.sum(), flushed.sum(), present.sum(), present.new_tensor(x.numel(), dtype=torch.int64)]
-    )
+    saturated = x.abs() > torch.finfo(values.dtype).max * (1 + _ROUND_OFF) / scale
+    present, left = (torch.count_nonzero(each) for each in (x, values.view(torch.uint8) & _WITHOUT_SIGN))
+    return torch.stack([torch.count_nonzero(saturated), present - left, present, torch.full_like(left, x.numel())])
 
 
 class _Products(torch.autograd.Function):
