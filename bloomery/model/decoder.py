@@ -49,7 +49,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = Rope(config.rope, config.head_dim) if config.rope else None
-        initialize(self)
+        if self.lm_head.weight.device.type != "meta":
+            initialize(self)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embeddings.weight
 

@@ -79,7 +79,8 @@ class Transformer(Family):
     @property
     def _given(self) -> dict[str, Any]:
         """Fields without a choice."""
-        given = {"mlp_gated": True, "mlp_hidden_act": "silu", **_NEVER, **(_EXPERTS if self.experts else {}), **self.always}
+        experts = _EXPERTS if self.experts else {}
+        given = {"mlp_gated": True, "mlp_hidden_act": "silu", **_NEVER, **experts, **self.always}
         return {key: value for key, value in given.items() if key not in self.optional}
 
     def refusals(self, config: ModelConfig) -> list[str]:
