@@ -59,7 +59,7 @@ class RemoteEngine:
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """(index, completion) of each request as it finishes. Closing the iterator drops the others.
 
-        Raises `ConfigError` for what the endpoint refuses, `BloomeryError` when it cannot be reached in spite of retries.
+        Raises `ConfigError` for what the endpoint refuses, `BloomeryError` when retries do not help.
         """
         for index, request in enumerate(requests):
             self._check(index, request)

@@ -4,12 +4,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import httpx
 import uvicorn
 
 from bloomery.errors import ConfigError
+from bloomery.generate.engine import EngineStats
 from bloomery.generate.request import Completion, Update
 from bloomery.generate.serve import ServedModel, ServeLimits, Service, listen
 from bloomery.generate.serve.server import _Server, address
@@ -28,7 +28,10 @@ class Typist:
         self._written: dict[int, list] = {}  # ticket → [request, letters so far]
         self._tickets = 0
         self.cancelled: list[int] = []
-        self.stats = SimpleNamespace(prompt_tokens=0, cached_prompt_tokens=0, generated_tokens=0, cache_bytes=0)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(running=self.running, waiting=self.waiting)
 
     busy = property(lambda self: bool(self._written))
     running = property(lambda self: min(self.max_batch, len(self._written)))
@@ -113,6 +116,6 @@ def wait_until(true, seconds: float = 20.0) -> None:
 def metric(root: str, name: str) -> float:
     """One number of /metrics."""
     for line in httpx.get(f"{root}/metrics").text.splitlines():
-        if line.startswith(f"{name} ") or line.startswith(f"{name}{{"):
+        if line.startswith((f"{name} ", f"{name}{{")):
             return float(line.rpartition(" ")[2])
     raise AssertionError(f"no metric {name}")

@@ -44,7 +44,7 @@ class Service:
     def __init__(self, engine: Engine, model: ServedModel, limits: ServeLimits, api_key: str | None = None):
         self.model, self.limits = model, limits
         self.worker = Worker(engine, engine.max_batch + limits.queue)
-        self._engine, self._api_key = engine, api_key
+        self._api_key = api_key
         self._metrics, self._created = Metrics(), int(time.time())
         self._draining_since: float | None = None
         self.app = Starlette(
@@ -130,10 +130,11 @@ class Service:
         return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
 
     async def _show_metrics(self, _: Request) -> Response:
-        stats, running = self._engine.stats, self._engine.running
+        stats, running = self.worker.stats, self.worker.stats.running
         gauges = {
-            "requests_running": running, "requests_waiting": self.worker.open - running,
+            "requests_running": running, "requests_waiting": max(self.worker.open - running, 0),
             "requests_limit": self.worker.capacity, "cache_bytes": stats.cache_bytes,
+            "prefix_cache_bytes": stats.prefix_bytes,
         }  # fmt: skip
         counters = {
             "prompt_tokens": stats.prompt_tokens, "cached_prompt_tokens": stats.cached_prompt_tokens,

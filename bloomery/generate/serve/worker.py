@@ -64,6 +64,7 @@ class Worker:
     def __init__(self, engine: Engine, capacity: int):
         self.engine, self.capacity = engine, capacity
         self.failure: str | None = None
+        self.stats = engine.stats  # as of the last step
         self._open: set[Job] = set()
         self._jobs: dict[int, Job] = {}  # by ticket, the engine thread's
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -130,6 +131,7 @@ class Worker:
         try:
             while self._take_orders():
                 updates = [(self._job_of(update), update) for update in self.engine.step()]
+                self.stats = self.engine.stats
                 if updates:
                     self._loop.call_soon_threadsafe(self._deliver, updates)
         except Exception as error:  # noqa: BLE001 - whatever it is, all who wait must hear of it
@@ -143,6 +145,7 @@ class Worker:
             if order is None:
                 return False
             order()
+            self.stats = self.engine.stats
         return True
 
     def _admit(self, job: Job) -> None:
