@@ -3,17 +3,23 @@
 State space duality, arXiv 2405.21060 §6, with documents that reset the state inside a row. All in float32.
 
 Letters: Q tokens a chunk; c_t the sum of dt·A from the chunk's start through t; L[t, s] = exp(c_t − c_s) for s ≤ t;
-u = dt·x. "Native" tensors are (batch, chunks, Q, heads, …), "head-major" ones (batch, chunks, heads, Q, …).
+u = dt·x. "Native" tensors are (n, Q, heads, …), "head-major" ones (n, heads, Q, …); n counts the chunks of all rows.
+
+What is inside chunks, (n, heads, Q, Q), exists for a block of chunks at a time that stays in the cache, and is computed
+again in the backward. Kept for it are inputs, outputs and the states at the chunks' starts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+_LONGEST_CHUNK = {"cpu": 32}  # half the time of 64 at small models, the same at large ones
+_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of (heads, Q, Q): CPU: 1 MiB, half of a core's cache; GPU: 256 MiB
 
 
 class ChunkedScan(nn.Module):
@@ -49,14 +55,14 @@ class ChunkedScan(nn.Module):
             y (batch, seq, heads, head_dim) and the state (batch, heads, head_dim, state), float32.
         """
         seq = x.shape[1]
-        chunk = _even_chunk(seq, self.chunk_size)
+        chunk = _even_chunk(seq, min(self.chunk_size, _LONGEST_CHUNK.get(x.device.type, seq)))
         with torch.autocast(x.device.type, enabled=False):
             exact = torch.promote_types(dt.dtype, torch.float32)
             inputs = [_chunked(t.to(exact), chunk) for t in (x, dt, B, C)]
             if initial_state is None:
                 initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=exact)
             y, state = _Scan.apply(*inputs, A, D, initial_state, _Documents.of(segment_ids, chunk))
-        return y.flatten(1, 2)[:, :seq], state
+        return y.unflatten(0, (len(x), -1)).flatten(1, 2)[:, :seq], state
 
 
 def _even_chunk(seq: int, most: int) -> int:
@@ -65,21 +71,21 @@ def _even_chunk(seq: int, most: int) -> int:
 
 
 def _chunked(t: Tensor, chunk: int) -> Tensor:
-    """(batch, seq, …) → (batch, chunks, chunk, …), zero-padded: a zero dt leaves the state untouched."""
+    """(batch, seq, …) → (n, chunk, …), zero-padded: a zero dt leaves the state untouched."""
     missing = -t.shape[1] % chunk
     if missing:
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
-    return t.unflatten(1, (-1, chunk))
+    return t.unflatten(1, (-1, chunk)).flatten(0, 1)
 
 
 @dataclass
 class _Documents:
     """Where state may flow, as 0/1 float masks; all `None` when a row is one document."""
 
-    inside: Tensor | None = None  # (batch, chunks, 1, query, key): same document
-    to_end: Tensor | None = None  # (batch, chunks, chunk, 1): of the document alive at the chunk's end
-    from_start: Tensor | None = None  # (batch, chunks, chunk, 1): of the document alive at the end of the chunk before
-    through: Tensor | None = None  # (batch, chunks, 1): one document from the chunk before to this one's end
+    inside: Tensor | None = None  # (n, Q, Q): the query sees the key
+    to_end: Tensor | None = None  # (n, Q, 1): of the document alive at the chunk's end
+    from_start: Tensor | None = None  # (n, Q, 1): of the document alive at the end of the chunk before
+    through: Tensor | None = None  # (n, 1): one document from the chunk before to this one's end
 
     @classmethod
     def of(cls, segment_ids: Tensor | None, chunk: int) -> "_Documents":
@@ -89,63 +95,123 @@ class _Documents:
         ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, missing)], dim=1).unflatten(1, (-1, chunk))
         last = ids[:, :, -1]
         before = torch.cat([ids[:, :1, 0], last[:, :-1]], dim=1)
-        return cls(
-            inside=(ids[:, :, None, :, None] == ids[:, :, None, None, :]).float(),
-            to_end=(ids == last[:, :, None]).float().unsqueeze(-1),
-            from_start=(ids == before[:, :, None]).float().unsqueeze(-1),
-            through=(last == before).float().unsqueeze(-1),
-        )
+        to_end, from_start, through = (ids == last[..., None]), (ids == before[..., None]), (last == before)
+        masks = (ids[..., :, None] == ids[..., None, :]).tril(), *(m[..., None] for m in (to_end, from_start, through))
+        return cls(*(mask.float().flatten(0, 1) for mask in masks))
+
+    def sums(self, a: Tensor) -> Tensor:
+        """Of native a from the start of the chunk or document through each token. What one document holds leaves the
+        sums of the next untouched to the bit."""
+        return a.cumsum(1) if self.inside is None else self.inside.to(a.dtype) @ a
+
+    def sums_back(self, a: Tensor) -> Tensor:
+        """The transpose of `sums`: from each token to the end of the chunk or document."""
+        return a.flip(1).cumsum(1).flip(1) if self.inside is None else self.inside.to(a.dtype).mT @ a
 
 
 def _masked(t: Tensor, mask: Tensor | None) -> Tensor:
     return t if mask is None else t * mask
 
 
-@lru_cache(maxsize=32)
-def _partial_sums(chunk: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The 0/1 matrix that takes a_0 … a_{Q−1} to all sums a_{s+1} + … + a_t, (Q, Q·Q); empty sums (s ≥ t) are 0.
-
-    A product with it is exact where differences of running sums cancel, and needs no cumulative sum.
-    """
-    t, s, i = torch.meshgrid(*(torch.arange(chunk, device=device) for _ in range(3)), indexing="ij")
-    return ((s < i) & (i <= t)).to(dtype).flatten(0, 1).T.contiguous()
+def _seen(scores: Tensor, inside: Tensor | None) -> Tensor:
+    """Scores (n, groups, Q, Q) with 0 for keys that a query does not see; in place."""
+    return scores.tril_() if inside is None else scores.mul_(inside.unsqueeze(1))
 
 
 @dataclass
 class _Decays:
-    """exp of sums of dt·A, with what the documents cut set to 0."""
+    """exp of sums of dt·A, with what the documents cut set to 0.
 
-    inside: Tensor  # L, head-major (batch, chunks, heads, Q, Q); 1 above the diagonal, where scores are 0
-    to_end: Tensor  # native (batch, chunks, Q, heads): from after the token through the chunk's end
+    Differences of float32 sums lose precision at strong decay, so c is summed in float64 and kept as float32 `whole`
+    and what that leaves, whose exp is a factor next to 1: L[t, s] = exp(whole_t − whole_s)·rest_t / rest_s.
+    """
+
+    whole: Tensor  # head-major (n, heads, Q)
+    rest: Tensor  # native (n, Q, heads)
+    to_end: Tensor  # native: from after the token through the chunk's end
     from_start: Tensor  # native: from the chunk's start through the token
-    through: Tensor  # (batch, chunks, heads): over the whole chunk
+    through: Tensor  # (n, heads): over the whole chunk
 
     @classmethod
     def of(cls, dt: Tensor, A: Tensor, documents: _Documents) -> "_Decays":
-        batch, chunks, Q, heads = dt.shape
-        a = dt * A
-        inside = (a.transpose(2, 3) @ _partial_sums(Q, dt.device, dt.dtype)).exp_().view(batch, chunks, heads, Q, Q)
-        from_start = a.cumsum(2).exp_()
+        c = documents.sums(dt.double() * A.double())
+        whole = c.to(dt.dtype)
+        from_start = c.exp().to(dt.dtype)
         return cls(
-            inside=inside,
-            to_end=_masked(inside[..., -1, :].transpose(2, 3), documents.to_end),
+            whole=whole.transpose(1, 2).contiguous(),
+            rest=(c - whole).exp_().to(dt.dtype),
+            to_end=_masked((c[:, -1:] - c).clamp_(max=0).exp_().to(dt.dtype), documents.to_end),
             from_start=_masked(from_start, documents.from_start),
-            through=_masked(from_start[:, :, -1], documents.through),
+            through=_masked(from_start[:, -1], documents.through),
+        )
+
+    def of_block(self, at: slice) -> "_Decays":
+        """Those of some chunks, with a last dimension of 1 for head_dim but for `whole`."""
+        return _Decays(
+            self.whole[at], *(t[at].unsqueeze(-1) for t in (self.rest, self.to_end, self.from_start, self.through))
         )
 
 
+@dataclass
+class _Block:
+    """Some chunks, few enough to stay in the cache with all that is made of them."""
+
+    at: slice  # which of the n
+    x: Tensor  # (n, Q, heads, head_dim)
+    dt: Tensor  # (n, Q, heads, 1), and so its decays but for `whole`
+    B: Tensor  # (n, groups, Q, state)
+    C: Tensor
+    decays: _Decays
+    seen: Tensor | None  # (n, Q, Q), 1 where the query sees the key; all before it when absent
+
+    def written(self) -> Tensor:
+        """What tokens add to the state at the chunk's end before B, (n, groups, Q, channels)."""
+        return _by_group(self.x * (self.dt * self.decays.to_end), self.B.shape[1])
+
+    def scores(self) -> Tensor:
+        """C·Bᵀ, (n, groups, 1, Q, Q), 0 for keys that a query does not see."""
+        return _seen(self.C @ self.B.mT, self.seen).unsqueeze(2)
+
+    def inside(self) -> Tensor:
+        """L but for `rest`, (n, groups, heads of a group, Q, Q); 1 above the diagonal, where scores are 0."""
+        c = self.decays.whole.unflatten(1, (self.B.shape[1], -1))
+        return torch.sub(c.unsqueeze(-1), c.unsqueeze(-2)).clamp_(max=0).exp_()
+
+    def inside_inputs(self) -> Tensor:
+        """u / rest, head-major."""
+        return _head_major(self.x, self.dt / self.decays.rest)
+
+
+def _blocks(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, decays: _Decays, documents: _Documents) -> Iterator[_Block]:
+    n, Q, heads = dt.shape
+    size = max(1, _BLOCK_ELEMENTS.get(x.device.type, 2**18) // (heads * Q * Q))
+    for start in range(0, n, size):
+        at = slice(start, start + size)
+        seen = None if documents.inside is None else documents.inside[at]
+        yield _Block(at, x[at], dt[at].unsqueeze(-1), B[at], C[at], decays.of_block(at), seen)
+
+
 def _by_group(t: Tensor, groups: int) -> Tensor:
-    """Native (batch, chunks, Q, heads, head_dim) → (batch, chunks, groups, Q, channels), a view for one group."""
-    return t.unflatten(3, (groups, -1)).flatten(4).transpose(2, 3)
+    """Native (n, Q, heads, head_dim) → (n, groups, Q, channels), a view for one group."""
+    return t.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)
 
 
 def _native(t: Tensor, heads: int) -> Tensor:
-    """The way back: (batch, chunks, groups, Q, channels) → (batch, chunks, Q, heads, head_dim)."""
-    return t.transpose(2, 3).flatten(3).unflatten(3, (heads, -1))
+    """The way back: (n, groups, Q, channels) → (n, Q, heads, head_dim)."""
+    return t.transpose(1, 2).flatten(2).unflatten(2, (heads, -1))
+
+
+def _head_major(t: Tensor, factor: Tensor) -> Tensor:
+    """t (n, Q, heads, head_dim) times factor (n, Q, heads, 1), laid out as (n, heads, Q, head_dim)."""
+    n, Q, heads, head_dim = t.shape
+    return torch.mul(t.transpose(1, 2), factor.transpose(1, 2), out=t.new_empty(n, heads, Q, head_dim))
 
 
 class _Scan(torch.autograd.Function):
-    """Forward in five products; the backward is written out because autograd would keep and pass over each step."""
+    """Forward in five products; the backward is written out because autograd would keep and pass over each step.
+
+    All inputs are native, B and C (n, Q, groups, state), but for the initial state (batch, heads, head_dim, state).
+    """
 
     @staticmethod
     def forward(
@@ -159,92 +225,99 @@ class _Scan(torch.autograd.Function):
         initial: Tensor,
         documents: _Documents,
     ) -> tuple[Tensor, Tensor]:
-        heads, groups = x.shape[3], B.shape[3]
-        B, C = B.transpose(2, 3), C.transpose(2, 3)  # (batch, chunks, groups, Q, state)
+        heads, groups = x.shape[2], B.shape[2]
+        B, C = B.transpose(1, 2), C.transpose(1, 2)
         decays = _Decays.of(dt, A, documents)
-        scores = _masked((C @ B.transpose(-1, -2)).tril_(), documents.inside)
-        u = (x * dt.unsqueeze(-1)).transpose(2, 3).contiguous()  # head-major
-        inside = _mix(decays.inside, scores) @ u
+        states = x.new_empty(len(x), groups, x[0, 0].numel() // groups, B.shape[-1])
+        for block in _blocks(x, dt, B, C, decays, documents):
+            states[block.at] = block.written().mT @ block.B
+        final = _carry(states.view(len(initial), -1, *initial.shape[1:]), decays.through, initial)
 
-        to_end = x * (dt * decays.to_end).unsqueeze(-1)
-        added = _by_group(to_end, groups).transpose(-1, -2) @ B
-        states = _carry(added.flatten(2, 3).unflatten(2, (heads, -1)), decays.through, initial)
-
-        before = states[:, :-1].unflatten(2, (groups, -1)).flatten(3, 4)  # (batch, chunks, groups, channels, state)
-        y = _native(C @ before.transpose(-1, -2), heads).contiguous()
-        y.mul_(decays.from_start.unsqueeze(-1)).add_(inside.transpose(2, 3)).addcmul_(x, D.unsqueeze(-1))
-        saved = x, dt, B, C, A, D, states, y, scores, decays.inside, decays.to_end, decays.from_start, decays.through
-        ctx.save_for_backward(*saved)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for block in _blocks(x, dt, B, C, decays, documents):
+            outside = _native(block.C @ states[block.at].mT, heads)
+            inside = block.inside().mul_(block.scores()).flatten(1, 2) @ block.inside_inputs()
+            torch.mul(block.x, D[:, None], out=y[block.at]).addcmul_(outside, block.decays.from_start)
+            y[block.at].addcmul_(inside.transpose(1, 2), block.decays.rest)
+        ctx.save_for_backward(x, dt, B, C, A, D, states, final, y)
         ctx.documents = documents
-        return y, states[:, -1].clone()
+        return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, B, C, A, D, states, y, scores, *decay_tensors = ctx.saved_tensors
-        decays = _Decays(*decay_tensors)
-        heads, groups = x.shape[3], B.shape[2]
-        dt_, from_start, to_end = (t.unsqueeze(-1) for t in (dt, decays.from_start, decays.to_end))
-        grad_y = grad_y.contiguous()
-        before, after = (t.unflatten(2, (groups, -1)).flatten(3, 4) for t in (states[:, :-1], states[:, 1:]))
-
-        # Through the state at the chunk's start.
-        of_outside = _by_group(grad_y * from_start, groups)
-        grad_C = of_outside @ before
-        grad_states, grad_initial = _carry_back(
-            (of_outside.transpose(-1, -2) @ C).view_as(states[:, 1:]), decays.through, grad_final
+        x, dt, B, C, A, D, states, final, y = ctx.saved_tensors
+        decays = _Decays.of(dt, A, ctx.documents)
+        of_states, of_B, of_C = torch.empty_like(states), torch.empty_like(B), torch.empty_like(C)
+        for block in _blocks(x, dt, B, C, decays, ctx.documents):  # through the state at the chunk's start
+            of_outside = _by_group(grad_y[block.at] * block.decays.from_start, B.shape[1])
+            of_C[block.at] = of_outside @ states[block.at]
+            of_states[block.at] = of_outside.mT @ block.C
+        by_row = len(final), -1, *final.shape[1:]
+        of_ends, of_initial = _carry_back(
+            of_states.view(by_row), decays.through, states.view(by_row), final, grad_final
         )
-        of_states = grad_states.view_as(after)
 
-        # Through the chunk's own contribution to the state.
-        grad_B = _by_group(x * (dt_ * to_end), groups) @ of_states
-        grad_u = _native(B @ of_states.transpose(-1, -2), heads).contiguous().mul_(to_end)
-
-        # Inside the chunk.
-        of_y, u = grad_y.transpose(2, 3).contiguous(), (x * dt_).transpose(2, 3).contiguous()
-        grad_u.add_((_mix(decays.inside, scores).transpose(-1, -2) @ of_y).transpose(2, 3))
-        grad_mix = (of_y @ u.transpose(-1, -2)).mul_(decays.inside).unflatten(2, (groups, -1)).sum(3)
-        grad_scores = _masked(grad_mix.tril_(), ctx.documents.inside)
-        grad_C += grad_scores @ B
-        grad_B += grad_scores.transpose(-1, -2) @ C
+        of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y_of_y, x_of_y, x_of_u = (torch.empty_like(dt) for _ in range(3))
+        for block in _blocks(x, dt, B, C, decays, ctx.documents):
+            at, of_y = block.at, grad_y[block.at]
+            of_u = _backward_of_block(block, of_y, of_states[at], of_B[at], of_C[at])
+            y_of_y[at], x_of_y[at], x_of_u[at] = _dot(y[at], of_y), _dot(block.x, of_y), _dot(block.x, of_u)
+            torch.mul(of_u, block.dt, out=of_x[at]).addcmul_(of_y, D[:, None])
 
         # c_t scales all that t reads, 1/c_s all that s writes, and c at the chunk's end the state handed on.
-        x_grad_y, x_grad_u = _dot(x, grad_y), _dot(x, grad_u)
-        grad_c = _dot(grad_y, y) - D * x_grad_y - dt * x_grad_u
-        grad_c[:, :, -1] += _dot(states[:, 1:].flatten(3), grad_states.flatten(3))
-        grad_a = grad_c.flip(2).cumsum(2).flip(2)
-
-        grad_x = grad_u.mul_(dt_).addcmul_(grad_y, D.unsqueeze(-1))
-        grad_dt = torch.addcmul(x_grad_u, grad_a, A)
-        grad_A, grad_D = (grad_a * dt).sum((0, 1, 2)), x_grad_y.sum((0, 1, 2))
-        return grad_x, grad_dt, grad_B.transpose(2, 3), grad_C.transpose(2, 3), grad_A, grad_D, grad_initial, None
+        of_c = y_of_y - D * x_of_y - dt * x_of_u
+        of_c[:, -1] += of_ends
+        of_a = ctx.documents.sums_back(of_c)
+        of_dt = torch.addcmul(x_of_u, of_a, A)
+        of_A, of_D = (of_a * dt).sum((0, 1)), x_of_y.sum((0, 1))
+        return of_x, of_dt, of_B.transpose(1, 2), of_C.transpose(1, 2), of_A, of_D, of_initial, None
 
 
-def _mix(decay: Tensor, scores: Tensor) -> Tensor:
-    """L ⊙ (C·Bᵀ), the heads of a group sharing their scores: (batch, chunks, heads, Q, Q)."""
-    return (decay.unflatten(2, (scores.shape[2], -1)) * scores.unsqueeze(3)).flatten(2, 3)
+def _backward_of_block(block: _Block, of_y: Tensor, of_states: Tensor, of_B: Tensor, of_C: Tensor) -> Tensor:
+    """The gradient of u, native. Writes that of B and adds to that of C. `of_states` are those at the chunks' ends."""
+    decays, inside, scores = block.decays, block.inside(), block.scores()
+    of_inside_y = _head_major(of_y, decays.rest)
+    of_mix = (of_inside_y @ block.inside_inputs().mT).view_as(inside)
+    of_scores = _seen(of_mix.mul_(inside).sum(2), block.seen)
+    of_C += of_scores @ block.B
+    torch.matmul(block.written(), of_states, out=of_B)
+    of_B += of_scores.mT @ block.C
+    of_u = _native(block.B @ of_states.mT, of_y.shape[2]) * decays.to_end
+    of_inside_u = inside.mul_(scores).flatten(1, 2).mT @ of_inside_y
+    return of_u.addcdiv_(of_inside_u.transpose(1, 2), decays.rest)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
 
-def _carry(added: Tensor, through: Tensor, initial: Tensor) -> Tensor:
-    """States at all chunk borders, (batch, chunks + 1, heads, head_dim, state)."""
-    batch, chunks = added.shape[:2]
-    states = added.new_empty(batch, chunks + 1, *added.shape[2:])
-    states[:, 0] = initial
-    for k in range(chunks):
-        torch.addcmul(added[:, k], states[:, k], through[:, k, :, None, None], out=states[:, k + 1])
-    return states
+def _carry(states: Tensor, through: Tensor, initial: Tensor) -> Tensor:
+    """Replaces what each chunk adds to the state, (batch, chunks, heads, head_dim, state), by the state at its start;
+    returns the state at the end."""
+    through = through.view(*states.shape[:3], 1, 1)
+    state = initial
+    for k in range(states.shape[1]):
+        following = torch.addcmul(states[:, k], state, through[:, k])
+        states[:, k] = state
+        state = following
+    return state
 
 
-def _carry_back(of_states: Tensor, through: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradients that reach each chunk's first state by its outputs, all gradients of each chunk's last state,
-    and that of the initial one."""
-    chunks = of_states.shape[1]
-    grads = torch.empty_like(of_states)
-    grads[:, -1] = final
-    for k in range(chunks - 1, 0, -1):
-        torch.addcmul(of_states[:, k], grads[:, k], through[:, k, :, None, None], out=grads[:, k - 1])
-    return grads, torch.addcmul(of_states[:, 0], grads[:, 0], through[:, 0, :, None, None])
+def _carry_back(
+    grads: Tensor, through: Tensor, states: Tensor, final: Tensor, of_final: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Replaces the gradients that reach each chunk's first state by its outputs by all gradients of its last state.
+
+    Returns those of the logarithm of `through`, (n, heads), and those of the initial state.
+    """
+    by_row = through.view(*states.shape[:3], 1, 1)
+    of_log = torch.empty_like(through).view(states.shape[:3])
+    after, of_after = final, of_final
+    for k in reversed(range(states.shape[1])):
+        of_log[:, k] = _dot(after.flatten(2), of_after.flatten(2))
+        of_before = torch.addcmul(grads[:, k], of_after, by_row[:, k])
+        grads[:, k] = of_after
+        after, of_after = states[:, k], of_before
+    return of_log.view_as(through), of_after

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from bloomery.model import scan
 from bloomery.model.conv import causal_conv
 from bloomery.model.scan import ChunkedScan
 
@@ -88,6 +90,63 @@ def test_a_zero_time_step_leaves_the_state_alone() -> None:
     _, state = ChunkedScan(CHUNK)(*given[:6], None, given[6])
     _, expected = ChunkedScan(CHUNK)(*(t[:, :6] if t.dim() > 1 else t for t in given[:6]), None, given[6])
     torch.testing.assert_close(state, expected)
+
+
+def test_one_document_leaves_no_trace_in_the_next() -> None:
+    """Not one bit, though both are in one chunk and share sums of dt·A; and no gradient comes back."""
+    given = arguments(3 * CHUNK, 2, torch.float32)
+    segment_ids = (torch.arange(3 * CHUNK) >= CHUNK + 3).int().expand(2, -1)
+    outputs = []
+    for time_step in (0.3, 0.7123):
+        changed = [t.detach().clone().requires_grad_() for t in given]
+        with torch.no_grad():
+            changed[1][:, CHUNK + 2] = time_step
+        y, state = ChunkedScan(CHUNK)(*changed[:6], segment_ids, changed[6])
+        outputs.append(torch.cat([y[:, CHUNK + 3 :].flatten(), state.flatten()]))
+    assert torch.equal(*outputs)
+    outputs[1].sum().backward()
+    for t in (changed[0], changed[1], changed[3], changed[4]):
+        assert not t.grad[:, : CHUNK + 3].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_does_not_grow_with_heads_times_chunk(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    """Kept for the backward: inputs, outputs, states at chunk borders, a mask of documents. Made in between: no more
+    than a block. (batch · tokens · chunk · heads) floats, which the plain form of the paper makes, are nowhere."""
+    monkeypatch.setitem(scan._BLOCK_ELEMENTS, "cpu", 2 * 8 * 16 * 16)  # two chunks
+    batch, seq, heads, head_dim, groups, state, chunk = 2, 128, 8, 4, 2, 4, 16
+    x = torch.randn(batch, seq, heads, head_dim, requires_grad=True)
+    dt = torch.rand(batch, seq, heads, requires_grad=True)
+    B, C = (torch.randn(batch, seq, groups, state, requires_grad=True) for _ in range(2))
+    A, D = -torch.rand(heads), torch.ones(heads)
+    segment_ids = (torch.arange(seq) // 50).expand(batch, -1) if packed else None
+    saved: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with Allocations() as made:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y, _ = ChunkedScan(chunk)(x, dt, A, B, C, D, segment_ids)
+        y.sum().backward()
+    inputs = 4 * (2 * x.numel() + dt.numel() + 2 * B.numel() + 2 * heads)  # x and y
+    states = 4 * batch * (seq // chunk + 1) * heads * head_dim * state
+    assert sum(saved.values()) == inputs + states
+    assert made.largest == x.numel() < batch * seq * chunk * heads
+
+
+class Allocations(TorchDispatchMode):
+    """The elements of the largest tensor that any operation inside returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(t, Tensor):
+                self.largest = max(self.largest, t.numel())
+        return result
 
 
 def slow_conv(
