@@ -87,6 +87,8 @@ def _means(claim: Claim, results: Mapping[tuple[str, int], Mapping[str, Any]]) -
 
 
 def _spread(values: Sequence[float]) -> str:
+    if all(isinstance(value, int) for value in values) and len(set(values)) == 1:
+        return f"{values[0]:,}"
     deviation = stdev(values) if len(values) > 1 else 0.0
     return f"{mean(values):.4g}" + (f" ± {deviation:.2g}" if deviation else "")
 

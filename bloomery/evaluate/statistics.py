@@ -158,14 +158,19 @@ def verdict(
 ) -> Literal["shown", "not shown", "inconclusive"]:
     """What a 95 % interval says of an effect that is expected above or below a threshold, or within ± threshold.
 
-    shown: the whole interval is on the expected side (for `within` this is the two one-sided tests of equivalence at
-    2.5 %: Schuirmann 1987). not shown: the whole interval is on the other side. inconclusive: it holds both.
+    shown: the whole interval lies on the expected side (for `within` that is the two one-sided tests of equivalence,
+    Schuirmann 1987, at 2.5 %). not shown: none of it does. inconclusive: some does. No effect at all is neither above
+    nor below 0.
     """
     low, high = interval
     if not low <= high:
         raise ValueError(f"interval {interval}: expected low ≤ high")
-    inside = {"above": (threshold, math.inf), "below": (-math.inf, threshold), "within": (-threshold, threshold)}
-    lowest, highest = inside[direction]
-    if lowest <= low and high <= highest:
-        return "shown"
-    return "not shown" if high < lowest or low > highest else "inconclusive"
+    if direction == "within":
+        return _three_way(-threshold <= low and high <= threshold, high < -threshold or low > threshold)
+    if direction == "below":
+        low, high, threshold = -high, -low, -threshold
+    return _three_way(low > threshold, high <= threshold)
+
+
+def _three_way(all_inside: bool, all_outside: bool) -> Literal["shown", "not shown", "inconclusive"]:
+    return "shown" if all_inside else "not shown" if all_outside else "inconclusive"

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -76,3 +77,78 @@ def test_paired_difference_is_tighter_than_the_items_spread() -> None:
 def test_paired_difference_without_shared_items() -> None:
     with pytest.raises(ValueError, match="share no item"):
         statistics.paired_difference({"a": 1.0}, {"b": 1.0})
+
+
+def test_one_number_a_seed_gives_the_t_interval_nearly() -> None:
+    values = [0.9, 1.3, 0.7, 1.6, 1.0, 1.2, 0.4, 1.5, 1.1, 0.8]
+    found = statistics.two_level_bootstrap([[value] for value in values])
+    half = 2.262 * np.std(values, ddof=1) / math.sqrt(10)  # Student's t with 9 degrees of freedom
+    assert found.effect == pytest.approx(1.05)
+    assert found.n == 10
+    assert found.low == pytest.approx(1.05 - half, abs=0.25 * half)
+    assert found.high == pytest.approx(1.05 + half, abs=0.25 * half)
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for trial in range(300):
+        seeds = 0.3 + generator.normal(size=5)
+        found = statistics.two_level_bootstrap(
+            [seed + generator.normal(size=8) for seed in seeds], draws=1000, seed=trial
+        )
+        covered += found.low <= 0.3 <= found.high
+    assert 0.91 <= covered / 300 <= 0.99  # the plain percentile interval over five seeds covers about 0.84
+
+
+def test_items_alone_decide_where_seeds_agree() -> None:
+    items = [0.0, 1.0] * 50
+    wide = statistics.two_level_bootstrap([items[:10]] * 4)
+    narrow = statistics.two_level_bootstrap([items] * 4)
+    assert wide.effect == narrow.effect == 0.5
+    # 0.5 / √(4·100) = 0.025 is the standard error of the mean of all items; the tail for four seeds is 3.67 of them
+    assert narrow.high - 0.5 == pytest.approx(3.67 * 0.025, rel=0.2)
+    assert wide.high - 0.5 == pytest.approx(math.sqrt(10) * (narrow.high - 0.5), rel=0.2)
+
+
+def test_every_seed_counts_the_same_whatever_its_items() -> None:
+    assert statistics.two_level_bootstrap([[1.0] * 99, [0.0]]).effect == 0.5
+
+
+def test_a_single_seed_varies_by_items_only() -> None:
+    assert statistics.two_level_bootstrap([[2.0]]) == statistics.Difference(2.0, 2.0, 2.0, 1)
+    found = statistics.two_level_bootstrap([[0.0, 1.0] * 50])
+    assert found.low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
+
+
+def test_a_seed_without_items_is_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("at least one difference; found [1, 0]")):
+        statistics.two_level_bootstrap([[1.0], []])
+
+
+@pytest.mark.parametrize(
+    ("interval", "direction", "threshold", "said"),
+    [
+        ((3.1, 4.0), "above", 3.0, "shown"),
+        ((2.9, 4.0), "above", 3.0, "inconclusive"),
+        ((1.0, 2.9), "above", 3.0, "not shown"),
+        ((-2.0, -0.1), "below", 0.0, "shown"),
+        ((-2.0, 0.1), "below", 0.0, "inconclusive"),
+        ((0.1, 2.0), "below", 0.0, "not shown"),
+        ((0.0, 0.0), "below", 0.0, "not shown"),
+        ((0.0, 0.0), "above", 0.0, "not shown"),
+        ((-0.01, 0.009), "within", 0.01, "shown"),
+        ((-0.02, 0.0), "within", 0.01, "inconclusive"),
+        ((-0.02, 0.02), "within", 0.01, "inconclusive"),
+        ((0.011, 0.02), "within", 0.01, "not shown"),
+        ((-0.03, -0.02), "within", 0.01, "not shown"),
+    ],
+)
+def test_verdicts(interval: tuple[float, float], direction: str, threshold: float, said: str) -> None:
+    assert statistics.verdict(interval, direction, threshold) == said
+
+
+def test_an_interval_that_is_none_has_no_verdict() -> None:
+    for interval in ((1.0, 0.0), (math.nan, math.nan)):
+        with pytest.raises(ValueError, match="expected low ≤ high"):
+            statistics.verdict(interval, "above", 0.0)
