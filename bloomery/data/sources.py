@@ -9,7 +9,7 @@ from bloomery.data import read
 from bloomery.data.dataset import text_of
 from bloomery.data.document import Document
 from bloomery.data.filters import FilterConfig
-from bloomery.data.procedural import Problem, generate, require_judgeable
+from bloomery.data.procedural import Problem, generate
 from bloomery.errors import ConfigError
 
 
@@ -148,8 +148,6 @@ class ProceduralSource(Source):
 
     def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
         """Each problem as text, chat or prompt."""
-        if kind == "prompts":
-            require_judgeable(self.task)
         problems = generate(
             self.task, seed=self.seed, count=self.count, split=self.split, style=self.style, **self.options
         )

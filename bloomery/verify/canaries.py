@@ -8,7 +8,16 @@ from bloomery.verify.pool import judge
 from bloomery.verify.verdict import Status
 from bloomery.verify.verifiers import VERIFIERS, lookup
 
+_DOUBLE = json.dumps({
+    "kind": "call", "fn_name": "f", "cases": [{"args": [2], "ret": 4}, {"args": [-3], "ret": -6}],
+    "reference": "def f(x):\n    return 2 * x\n",
+})  # fmt: skip
 _GCD = json.dumps({"dataset": "gcd", "config": {}, "entry": {"question": "", "answer": "6", "metadata": {}}})
+
+
+def _fenced(source: str) -> str:
+    return f"```python\n{source}```"
+
 
 CANARIES: dict[str, tuple[tuple[str, str, Status], ...]] = {
     "answer": (
@@ -21,6 +30,12 @@ CANARIES: dict[str, tuple[tuple[str, str, Status], ...]] = {
     "choice": ((r"\boxed{B}", "B", "correct"), (r"\boxed{A or B}", "B", "wrong"), ("", "B", "no_answer")),
     "exact": ((r"\boxed{Ann}", "Ann", "correct"), (r"\boxed{Ann or Bob}", "Ann", "wrong"), ("", "Ann", "no_answer")),
     "format": ((r"\boxed{1}", "", "correct"), (r"\boxed{1} and", "", "wrong"), ("", "", "no_answer")),
+    "program": (
+        (_fenced("def f(x):\n    return x + x\n"), _DOUBLE, "correct"),
+        (_fenced("def f(x):\n    return x * x\n"), _DOUBLE, "wrong"),
+        (_fenced("class Right:\n    __eq__ = lambda *_: True\ndef f(x):\n    return Right()\n"), _DOUBLE, "wrong"),
+        ("", _DOUBLE, "no_answer"),
+    ),
     "gym": ((r"\boxed{6}", _GCD, "correct"), (r"\boxed{6 or 66}", _GCD, "wrong"), ("", _GCD, "no_answer")),
 }
 """Verifier → (completion, answer, expected status)."""
@@ -47,5 +62,7 @@ def echo(verifier: str, answer: str) -> str:
 
     Judging it must give `correct`; a prompt where it does not can reward nothing and is to be dropped.
     """
+    if verifier == "program":
+        return _fenced(json.loads(answer).get("reference", ""))
     text = json.loads(answer)["entry"]["answer"] if verifier == "gym" else answer
     return rf"\boxed{{{text}}}"

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, cast
 
-from bloomery.errors import BloomeryError
+from bloomery.errors import BloomeryError, SandboxError
 from bloomery.verify.deferred import Deferred
 from bloomery.verify.verdict import Status, Verdict
 from bloomery.verify.verifiers import lookup
@@ -42,7 +42,8 @@ class Pool:
 
     `submit` returns a `Future[Verdict]` at once, so that verification overlaps decoding; `judge_all` waits. No process
     starts before an item needs one. A worker that passes the deadline is killed and its item is a `timeout` (score 0);
-    one that dies is replaced and its item retried once, then `infra_error` (score `None`). An exception inside a
+    one that dies is replaced and its item retried once, then `infra_error` (score `None`). Where programs cannot be
+    isolated, `SandboxError`. An exception inside a
     verifier is a bug: it is raised here, by `submit` or by the future, and never becomes a verdict.
     """
 
@@ -78,17 +79,20 @@ class Pool:
 
     def _work(self, task: Deferred) -> Verdict:
         """Runs in a thread that does nothing but wait for its process."""
+        deadline = max(self._deadline, task.seconds)
         for _ in range(_ATTEMPTS):
             worker = self._take()
             try:
-                reply = worker.judge(task, self._deadline)
+                reply = worker.judge(task, deadline)
             except TimeoutError:
                 self._discard(worker)
-                return Verdict.of("timeout", f"no verdict within {self._deadline:g} s; the worker was killed")
+                return Verdict.of("timeout", f"no verdict within {deadline:g} s; the worker was killed")
             except (EOFError, BrokenPipeError):
                 self._discard(worker)
                 continue
             self._idle.put(worker)
+            if "refused" in reply:
+                raise SandboxError(reply["refused"])
             if "bug" in reply:
                 raise RuntimeError(f"verifier {task.judge!r} failed on {dict(task.arguments)!r:.500}\n{reply['bug']}")
             return Verdict.of(cast(Status, reply["status"]), reply["reason"])

@@ -124,12 +124,6 @@ def test_an_empty_result_says_which_filter_dropped_what(tmp_path):
         ({"type": "stdlib", "name": "a"}, "prompts", ConfigError, "plain text gives documents, not prompts"),
         ({"type": "stdlib", "name": "a/b"}, "documents", ConfigError, "source 'a/b': expected letters"),
         (
-            {"type": "procedural", "name": "a", "task": "program", "count": 1},
-            "prompts",
-            ConfigError,
-            "needs the sandbox",
-        ),
-        (
             {"type": "procedural", "name": "a", "task": "chian", "count": 1},
             "documents",
             ConfigError,

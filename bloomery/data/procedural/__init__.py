@@ -75,15 +75,6 @@ def generate(
     return _problems(task, settings, seed, count, split, weights)
 
 
-def require_judgeable(task: str) -> None:
-    """Refuse to make prompts of a task whose completions cannot be judged yet."""
-    if task == "program":
-        raise ConfigError(
-            "program: judging a completion means executing it, which needs the sandbox; "
-            "make messages or documents of this task, or choose another one for prompts"
-        )
-
-
 def _weights(task: str, style: Mapping[str, float]) -> Mapping[str, float]:
     for name, weight in style.items():
         if name not in _MIXED:
@@ -126,4 +117,4 @@ def _distinct(task: str, settings: Config, seed: int, count: int, split: Split) 
     )
 
 
-__all__ = ["TASKS", "Problem", "Split", "Style", "Task", "generate", "require_judgeable"]
+__all__ = ["TASKS", "Problem", "Split", "Style", "Task", "generate"]

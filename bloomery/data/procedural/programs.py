@@ -1,9 +1,8 @@
 """Small Python programs with hidden tests.
 
-`answer` is the test record as JSON: `{"kind": "call", "fn_name": "f", "cases": [{"args": [...], "ret": ...}, ...]}`.
-Nothing is executed here: expected values come from the functions below, and judging a program needs the sandbox.
-Until then this domain gives training text, not prompts for RL. `linear` is the code task of the AceReason miniature:
-it shares its arithmetic with `chain` and nothing else.
+`answer` is the test record as JSON: `{"kind": "call", "fn_name": "f", "cases": [{"args": [...], "ret": ...}, ...],
+"reference": solution}`. Nothing is executed here: expected values come from the functions below. `linear` is the code
+task of the AceReason miniature: it shares its arithmetic with `chain` and nothing else.
 """
 
 import json
@@ -16,6 +15,7 @@ from bloomery.config import Config, Field
 from bloomery.data.procedural.problem import Draft
 
 Kind = Literal["linear", "numbers", "lists", "strings"]
+CASE_SECONDS = 1
 _LETTERS = "abcdef"
 _LOOP = "    total = 0\n    for i in range({k}, n + 1, {k}):\n        total += i\n    return total"
 
@@ -124,8 +124,12 @@ def _draft(
     cases: list[tuple[Any, Any]],
     steps: tuple[str, ...],
 ) -> Draft:
-    record = {"kind": "call", "fn_name": "f", "cases": [{"args": [value], "ret": result} for value, result in cases]}
+    source = f"def f({parameter}):\n{body}\n"
+    record = {
+        "kind": "call", "fn_name": "f", "cases": [{"args": [value], "ret": result} for value, result in cases],
+        "time_limit_s": CASE_SECONDS, "reference": source,
+    }  # fmt: skip
     return Draft(
         canonical, question, json.dumps(record), "program", steps,
-        final=f"```python\ndef f({parameter}):\n{body}\n```", metadata={"kind": kind},
+        final=f"```python\n{source}```", metadata={"kind": kind},
     )  # fmt: skip
