@@ -35,6 +35,8 @@ _REST = (
     Panel("Answer length", "tokens", ("completion_tokens", "length"), ("completion_tokens", "length")),
     Panel("Gradient norm", "", ("grad_norm",)),
     Panel("Learning rate", "", ("learning_rate",)),
+    Panel("FP8: flushed to zero", "share of numbers that are not zero", parts_of=("fp8_flushed",)),
+    Panel("FP8: saturated", "share of numbers", parts_of=("fp8_saturated",)),
     Panel("Verdicts", "share of samples", ("truncated",), ("status",)),
     Panel("Groups without signal", "share of groups", ("groups_all_wrong", "groups_all_right")),
 )

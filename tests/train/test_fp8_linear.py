@@ -130,9 +130,7 @@ def test_autocast_does_not_round_what_goes_into_the_products():
     linear, x, dy = nn.Linear(32, 16, bias=False), torch.randn(48, 32), torch.randn(48, 16)
     with torch.autocast("cpu", torch.bfloat16):
         Fp8Product(linear)(x).backward(dy.bfloat16())
-    operands = [
-        Fp8Product(linear).quantized(role, each) for role, each in (("dY", dy.bfloat16().float()), ("X", x))
-    ]
+    operands = [Fp8Product(linear).quantized(role, each) for role, each in (("dY", dy.bfloat16().float()), ("X", x))]
     expected = operands[0].values.T @ operands[1].values * operands[0].inverse_scale * operands[1].inverse_scale
     torch.testing.assert_close(linear.weight.grad, expected, rtol=1e-6, atol=1e-6)
 
