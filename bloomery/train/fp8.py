@@ -6,7 +6,7 @@ products of routed experts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -113,14 +113,15 @@ class Fp8:
                 self.products[name] = Fp8Product(linear, config.forward, config.gradient, scaled)
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Inside, the chosen layers multiply in FP8, forward and backward."""
-        for each in self.products.values():
+    def installed(self, only: Collection[str] | None = None) -> Iterator[None]:
+        """Inside, the chosen layers multiply in FP8, forward and backward; only: those of these names."""
+        inside = [each for name, each in self.products.items() if only is None or name in only]
+        for each in inside:
             each.linear.forward = each  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for each in self.products.values():
+            for each in inside:
                 del each.linear.forward
 
     def begin(self, watch: bool) -> None:
