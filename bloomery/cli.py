@@ -203,6 +203,60 @@ def _finding_line(finding: dict[str, Any]) -> str:
     return f"{finding['verdict']:<12} {finding['claim']}: {effect}, expected {finding['direction']}"
 
 
+@app.command()
+def convert(
+    model: Path,
+    out: Path,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: that of the source")] = None,
+    family: Annotated[str | None, typer.Option(help="model type to write; default: that of the source")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model of any supported family anew, and compare original, export and transformers layer by layer."""
+    from bloomery.evaluate.convert import convert as convert_model
+
+    found = convert_model(model, out, dtype, family)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(
+        f"{found['out']}: {found['family']}, {found['dtype']}, carried over: {', '.join(found['carried']) or '-'}"
+    )
+    typer.echo(f"on {found['tokens']} random tokens, float32:")
+    for name, difference in found["parity"].items():
+        first = difference["first_layer"]
+        where = "no layer differs" if first is None else f"layers differ from {first} on"
+        typer.echo(
+            f"  {_COMPARED[name]:<34} logits max {difference['max']:.2e}, mean {difference['mean']:.2e}, "
+            f"KL {difference['kl']:.2e}; {where}"
+        )
+
+
+_COMPARED = {
+    "original": "original: ours and transformers",
+    "export": "export: ours and transformers",
+    "original_to_export": "ours: original and export",
+}
+
+
+@app.command()
+def inspect(model: Path, as_json: AsJson = False) -> None:
+    """Sizes, parameters, bytes and operations of a model; reads its config.json alone."""
+    from bloomery import artifact
+    from bloomery.model import hf
+    from bloomery.model.summary import summarize
+
+    found = summarize(hf.load_config(artifact.resolve(model, "model")))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    scaled = {"weight_bytes": (2**30, "GiB"), "cache_bytes": (2**20, "MiB"), "forward_flops_per_token": (1e9, "G")}
+    for name, value in found.items():
+        size, unit = scaled.get(name, (1, ""))
+        if unit:
+            value = {f"{key:,}" if isinstance(key, int) else key: f"{n / size:,.2f} {unit}" for key, n in value.items()}
+        typer.echo(_line(name.removesuffix("_bytes"), value))
+
+
 class StageCommand(TyperCommand):
     """A stage's verb; its help ends with the reference of every setting, read from the config class only then."""
 

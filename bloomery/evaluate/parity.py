@@ -12,6 +12,7 @@ from bloomery.data.tokenizer import Message, Tokenizer
 from bloomery.errors import ArtifactError
 from bloomery.generate import Engine, Request, SamplingParams
 from bloomery.model import hf
+from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
 
 
@@ -23,6 +24,34 @@ class LogitDifference:
     mean: float
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Of two models on the same tokens.
+
+    Attributes:
+        max, mean: absolute differences of fp32 logits.
+        kl: mean over positions of KL(first ‖ second), nats.
+        first_layer: the first layer, counted as in the pattern, after which the hidden states differ by more than
+            `LAYER_TOLERANCE` of their largest value (at least 1); `None` where none does.
+    """
+
+    max: float
+    mean: float
+    kl: float
+    first_layer: int | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """`layers`: hidden states (tokens, hidden) after each residual layer or block; `logits` (tokens, vocab)."""
+
+    layers: list[torch.Tensor]
+    logits: torch.Tensor
+
+
+LAYER_TOLERANCE = 1e-4
+
+
 def load_peer(folder: Path) -> Any:
     """The folder as `transformers` loads it, in fp32. `ArtifactError` when it misses, ignores or reshapes a tensor."""
     from transformers import AutoModelForCausalLM
@@ -31,7 +60,9 @@ def load_peer(folder: Path) -> Any:
     logging.set_verbosity_error()  # its advice is for those who run the model there
     logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
-    peer, found = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    peer, found = loader.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
+    )  # the grouped product of others refuses sizes that are no multiple of 16 bytes
     problems = {name: sorted(map(str, value)) for name, value in found.items() if value}
     if problems:
         raise ArtifactError(f"{folder}: transformers does not take every tensor as it is: {problems}")
@@ -77,6 +108,49 @@ def compare_logits(model: Decoder, peer: Any, prompts: Sequence[Sequence[int]]) 
         largest = max(largest, difference.max().item())
         total, count = total + difference.double().sum().item(), count + difference.numel()
     return LogitDifference(largest, total / count)
+
+
+def probe_tokens(config: ModelConfig) -> torch.Tensor:
+    """(1, tokens) random ids: more than two chunks of the scan, where that fits the model's context."""
+    length = min(max(64, 2 * config.chunk_size + 5), config.max_position_embeddings)
+    return torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def trace(model: Any, ids: torch.Tensor) -> Trace:
+    """What a decoder of ours, or a peer from `load_peer`, computes for `ids` (1, tokens), layer by layer."""
+    ours = isinstance(model, Decoder)
+    blocks = model.layers if ours else getattr(model, model.base_model_prefix).layers
+    layers: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, out: Any) -> None:
+        layers.append((out[0] if isinstance(out, tuple) else out)[0].float().clone())
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    logits = model.lm_head(model(ids)) if ours else model(ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return Trace(layers, logits[0].float())
+
+
+def compare_traces(one: Trace, other: Trace) -> Difference:
+    """Where a block of one holds several layers of the other, they are compared at the block's end."""
+    count = min(len(one.layers), len(other.layers))
+    ends = [trace.layers[len(trace.layers) // count - 1 :: len(trace.layers) // count] for trace in (one, other)]
+    size = max(len(one.layers), len(other.layers)) // count
+    apart = (number for number, pair in enumerate(zip(*ends, strict=True)) if _apart(*pair))
+    first = next(apart, None)
+    difference = (one.logits - other.logits).abs()
+    log_p, log_q = one.logits.double().log_softmax(-1), other.logits.double().log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    return Difference(
+        difference.max().item(), difference.mean().item(), kl, None if first is None else (first + 1) * size - 1
+    )
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
+    bound = LAYER_TOLERANCE * max(1.0, one.abs().max().item())
+    return not (one - other).abs().max().item() <= bound  # a NaN is apart too
 
 
 def require_equal_greedy(
