@@ -6,6 +6,8 @@ import torch
 from bloomery.generate import Engine, Request, SamplingParams
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
+from bloomery.train.fp8 import Fp8Config
+from bloomery.train.fp8_linear import Fp8Product, multiplies
 from bloomery.train.loop import LoopConfig, TrainState, steps
 from bloomery.train.losses import next_token
 from bloomery.train.optim import adamw
@@ -57,3 +59,34 @@ def test_greedy_text_follows_the_forward_pass(model, ids):
             context = torch.tensor([prompt + completion.token_ids[:number]], device="cuda")
             logits = model.lm_head(model(context))[0, -1]
             assert logits[token] > logits.max() - 1e-3
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and multiplies("e4m3", "e5m2", torch.device("cuda"))), reason="no FP8 units"
+)
+class TestFp8:
+    """The path through `torch._scaled_mm`; its emulation is tested on the CPU."""
+
+    @pytest.mark.parametrize("rows", [256, 77])
+    def test_products_equal_their_emulation(self, rows):
+        linear = torch.nn.Linear(128, 64, bias=False, device="cuda")
+        x, dy = torch.randn(rows, 128, device="cuda"), 1e-5 * torch.randn(rows, 64, device="cuda")
+        found = []
+        for emulated in (False, True):
+            layer, given, linear.weight.grad = Fp8Product(linear), x.clone().requires_grad_(), None
+            assert not layer.emulated
+            layer.emulated = emulated
+            y = layer(given)
+            y.backward(dy)
+            found.append((y, given.grad, linear.weight.grad))
+        for ours, exact in zip(*found, strict=True):
+            assert (ours - exact).norm() < 1e-3 * exact.norm()
+
+    def test_the_loss_falls(self, model, ids):
+        fp8 = Fp8Config(high_precision_layers=1, measure_every_steps=10)
+        loop = LoopConfig(max_steps=30, batch_size=4, learning_rate=3e-3, precision="fp8", fp8=fp8)
+        state = TrainState(model.cuda(), adamw(model, loop))
+        batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+        done = list(steps(state, iter([[batch]] * 30), next_token, loop))
+        assert done[-1].loss < 0.7 * done[0].loss
+        assert done[-1].fp8["layers.1.mixer.up_proj"]["dY"]["amax"] > 0
