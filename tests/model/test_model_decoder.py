@@ -111,15 +111,28 @@ def test_packed_documents_equal_separate_ones(decoder: Decoder, cuts: tuple[int,
 
 
 @torch.no_grad()
-def test_documents_are_isolated_to_the_bit(decoder: Decoder) -> None:
+@pytest.mark.parametrize("border", [1, 7, 8, 9, 13, SEQ - 1])
+def test_documents_are_isolated_to_the_bit(decoder: Decoder, border: int) -> None:
     ids = tokens(2)
-    segment_ids = (torch.arange(SEQ) >= 13).long().expand(2, -1) + torch.tensor([[0], [5]])
+    segment_ids = (torch.arange(SEQ) >= border).long().expand(2, -1) + torch.tensor([[0], [5]])
     before = decoder(ids, segment_ids)
     changed = ids.clone()
-    changed[:, 12] = (changed[:, 12] + 1) % 61
+    changed[:, border - 1] = (changed[:, border - 1] + 1) % 61
     after = decoder(changed, segment_ids)
-    assert torch.equal(before[:, 13:], after[:, 13:])
-    assert not torch.equal(before[:, 12], after[:, 12])
+    assert torch.equal(before[:, border:], after[:, border:])
+    assert not torch.equal(before[:, border - 1], after[:, border - 1])
+
+
+@torch.no_grad()
+def test_left_padding_is_a_document_of_its_own(decoder: Decoder) -> None:
+    """So a tokenizer's attention mask is the `segment_ids` of a left-padded batch, as it stands."""
+    ids, lengths = tokens(3), (5, 20, 13)
+    padded, attention_mask = torch.full((3, 20), 60), torch.zeros(3, 20, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        padded[row, 20 - length :], attention_mask[row, 20 - length :] = ids[row, :length], 1
+    found = decoder(padded, segment_ids=attention_mask)
+    for row, length in enumerate(lengths):
+        close(found[row, 20 - length :], decoder(ids[row : row + 1, :length])[0])
 
 
 def test_gradients_do_not_cross_documents() -> None:
