@@ -77,10 +77,16 @@ def product(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     """a (m, k) times bᵀ, b (n, k) → (m, n) in `dtype`, accumulated in fp32."""
     if a.values.dtype == torch.float32:
         return (torch.mm(a.values, b.values.t()) * a.inverse_scale * b.inverse_scale).to(dtype)
-    left, right = (F.pad(each.values, (0, -each.values.shape[1] % MULTIPLE)) for each in (a, b))
+    left, right = (_padded(each.values) for each in (a, b))
     return torch._scaled_mm(
         left, right.t(), scale_a=a.inverse_scale, scale_b=b.inverse_scale, out_dtype=dtype, use_fast_accum=False
     )
+
+
+def _padded(values: Tensor) -> Tensor:
+    """With columns of zeros up to the next multiple that the kernel takes: rows of a batch may be any number."""
+    missing = -values.shape[1] % MULTIPLE
+    return F.pad(values.view(torch.uint8), (0, missing)).view(values.dtype) if missing else values
 
 
 class Fp8Product:
