@@ -28,6 +28,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@command -v bwrap > /dev/null || (test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get install -y -q bubblewrap > /dev/null 2>&1) \
+		|| echo "bubblewrap is not installed; without it programs are not judged (Debian: apt-get install bubblewrap)"
 	touch $@
 
 clean:

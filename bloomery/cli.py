@@ -257,6 +257,36 @@ def inspect(model: Path, as_json: AsJson = False) -> None:
         typer.echo(_line(name.removesuffix("_bytes"), value))
 
 
+sandbox = typer.Typer(no_args_is_help=True, help="The place where untrusted programs run, and nowhere else.")
+app.add_typer(sandbox, name="sandbox")
+
+
+@sandbox.command("check")
+def sandbox_check(as_json: AsJson = False) -> None:
+    """Attack the sandbox on this machine; fails when anything gets through."""
+    from bloomery.verify.sandbox import attacks
+
+    held = [finding.name for finding in attacks.check()]
+    typer.echo(json.dumps({"held": held}) if as_json else f"all {len(held)} attacks were held: {', '.join(held)}")
+
+
+@sandbox.command("run")
+def sandbox_run(
+    program: Path,
+    tests: Annotated[
+        Path | None, typer.Option(help="JSON file of the tests; default: run once, on standard input")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a Python program in the sandbox: once, or against tests."""
+    from bloomery.verify import sandbox_run
+
+    outcome = sandbox_run.run_file(program, tests, sys.stdin.buffer)
+    typer.echo(json.dumps(outcome) if as_json else "\n".join(f"{name}: {value}" for name, value in outcome.items()))
+    if outcome["status"] not in ("correct", "done"):
+        raise typer.Exit(1)
+
+
 class StageCommand(TyperCommand):
     """A stage's verb; its help ends with the reference of every setting, read from the config class only then."""
 

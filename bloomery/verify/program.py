@@ -9,7 +9,6 @@ seconds a case), `mem_mb`, `checker` (`tokens`, `exact` or `float:TOLERANCE`), `
 import ast
 import atexit
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +28,7 @@ MAX_CHARS = 100_000
 _FENCE = re.compile(r"```(?:python|py|python3)[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _DEFAULT_SECONDS, _DEFAULT_MEGABYTES = 6.0, 512
 _REASONS = {
-    "error": "ended with an error", "cpu": "used more processor time than allowed", "wall": "did not end in time",
+    "error": "ended with an error", "cpu": "used more processor time than allowed", "wall": "did nothing for long",
     "output": "wrote more than is read",
 }  # fmt: skip
 
@@ -55,18 +54,11 @@ def score(tests: str, source: str) -> Verdict:
     with _sandbox().program(source, suite.function, limits) as run:
         for number in sorted(range(len(suite.cases)), key=lambda n: -suite.kills[n]):
             case = suite.cases[number]
-            verdict = _judge(case, _run(run, case.given))
+            verdict = _judge(case, run(case.given))
             if verdict is not None:
                 suite.kills[number] += 1
                 return Verdict.of(verdict.status, f"case {number + 1} of {len(suite.cases)}: {verdict.reason}")
     return Verdict.of("correct")
-
-
-def _run(run: Callable[[bytes], CaseRun], given: bytes) -> CaseRun:
-    """Where the machine was busy and not the program slow, a second try: a false negative is a wrong gradient."""
-    result = run(given)
-    starved = result.outcome == "wall" and os.getloadavg()[0] > (os.cpu_count() or 1)
-    return run(given) if starved else result
 
 
 def _judge(case: "Case", result: CaseRun) -> Verdict | None:
@@ -98,7 +90,7 @@ class Tests:
     @property
     def seconds(self) -> float:
         """Longest that an honest verdict takes: every case at its limit on a busy machine, the sandbox's start."""
-        return 60 + 2 * (len(self.cases) + 1) * Limits(self.cpu_seconds).wall_seconds
+        return 60 + len(self.cases) * self.cpu_seconds + Limits(self.cpu_seconds).patience_seconds
 
 
 @lru_cache(maxsize=4096)

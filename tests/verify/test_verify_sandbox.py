@@ -110,18 +110,15 @@ def test_every_attack_is_held():
 
 
 @needs_bwrap
-def test_an_attack_that_gets_through_is_reported(monkeypatch):
+def test_an_attack_that_gets_through_is_reported(monkeypatch, tmp_path):
     """The same attacks where nothing is taken away: those that a filter or a mount must hold get through."""
     inside = Path(sandbox.__file__).parent
-    monkeypatch.setattr(sandbox, "_HERE", _copy_without_filter(inside))
+    monkeypatch.setattr(sandbox, "_HERE", _copy_without_filter(inside, tmp_path))
     with pytest.raises(SandboxError, match=r"attacks were not held: .*new processes"):
         attacks.check()
 
 
-def _copy_without_filter(inside: Path) -> Path:
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp())
+def _copy_without_filter(inside: Path, folder: Path) -> Path:
     folder.chmod(0o755)
     for name in ("inside.py", "kernel.py", "plain.py"):
         text = (inside / name).read_text().replace("    kernel.give_up_privileges()\n", "")

@@ -41,8 +41,14 @@ class Limits:
 
     @property
     def wall_seconds(self) -> float:
-        """The safety stop: a verdict on time is given by processor time, which a busy machine does not change."""
+        """How long a case may go without doing anything. Verdicts on time are given by processor time, which a busy
+        machine does not change."""
         return 5 * self.cpu_seconds + 1
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long the answer to a case can take, on any machine."""
+        return 6 * self.wall_seconds + _GRACE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Sandbox:
         if self._process is None:
             return _CRASHED
         _send(process, {}, given)
-        header, body = _receive(process, limits.wall_seconds + _GRACE_SECONDS)
+        header, body = _receive(process, limits.patience_seconds)
         if header.get("idle"):  # the interpreter died of this source; what it was sent lies unread in the pipe
             self.close()
             return _CRASHED
