@@ -163,7 +163,7 @@ class RemoteEngine:
         return Completion(
             token_ids=ids or [], finish_reason=reason, weight_version=self.weight_version,
             text=None if split else choice["text"],
-            logprobs=logprobs[split:] if logprobs and request.params.logprobs else None,
+            logprobs=logprobs[split:] if logprobs and request.params.logprobs else None,  # type: ignore[arg-type]
             top_logprobs=tops[split:] if tops else None,  # type: ignore[arg-type]
             prompt_logprobs=logprobs[:split] if logprobs and split else None,
             prompt_top_logprobs=tops[:split] if tops and split else None,

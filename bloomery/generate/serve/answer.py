@@ -72,17 +72,20 @@ class Answer:
         return {**self._head, "object": kind, "choices": choices}
 
     def _choice(self, index: int, completion: Completion) -> Json:
-        prompt, ids, text = self._plan.prompt(index), completion.token_ids, completion.text
-        logprobs, tops = completion.logprobs, completion.top_logprobs
-        if self._plan.echo:
-            ids, text = [*prompt, *ids], self._model.decode(prompt) + (text or "")
-            logprobs = [*(completion.prompt_logprobs or [None] * len(prompt)), *(logprobs or [])]
-            tops = [
-                *(completion.prompt_top_logprobs or [None] * len(prompt)),
-                *(tops or [None] * len(completion.token_ids)),
-            ]
+        prompt, text = self._plan.prompt(index), completion.text or ""
+        ids, logprobs, tops = completion.token_ids, completion.logprobs, completion.top_logprobs
         choice: Json = {"index": index, "finish_reason": completion.finish_reason}
-        choice["logprobs"] = self._logprobs(ids, logprobs, tops, 0)
+        if self._plan.echo:
+            text = self._model.decode(prompt) + text
+            before = completion.prompt_top_logprobs or [None] * len(prompt)
+            choice["logprobs"] = self._logprobs(
+                [*prompt, *ids],
+                [*(completion.prompt_logprobs or ()), *(logprobs or ())],
+                [*before, *(tops or [None] * len(ids))],
+                0,
+            )
+        else:
+            choice["logprobs"] = self._logprobs(ids, logprobs, tops, 0)
         if self._plan.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:

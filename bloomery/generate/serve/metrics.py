@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -36,11 +36,11 @@ class Metrics:
         self.disconnects = 0
         self.first_token, self.between_tokens, self.whole = Histogram(), Histogram(), Histogram()
 
-    def text(self, gauges: dict[str, float], counters: dict[str, float]) -> str:
+    def text(self, gauges: Mapping[str, float], counters: Mapping[str, float]) -> str:
         """The page: `gauges` and `counters` are the engine's, by name."""
-        return "\n".join(self._lines(gauges, counters | {"client_disconnects": self.disconnects})) + "\n"
+        return "\n".join(self._lines(gauges, {**counters, "client_disconnects": self.disconnects})) + "\n"
 
-    def _lines(self, gauges: dict[str, float], counters: dict[str, float]) -> Iterator[str]:
+    def _lines(self, gauges: Mapping[str, float], counters: Mapping[str, float]) -> Iterator[str]:
         yield "# TYPE bloomery_requests_total counter"
         for (path, status), count in sorted(self.requests.items()):
             yield f'bloomery_requests_total{{path="{path}",status="{status}"}} {count}'
