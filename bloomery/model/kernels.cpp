@@ -39,11 +39,15 @@ static inline float silu(float x) { return x / (1.f + exponential(-x)); }
 
 static inline float softplus(float x) { return x > 20.f ? x : std::log1p(std::exp(x)); }
 
-static float inverse_length(const float* x, int64_t size, float eps) {
+static float dot(const float* a, const float* b, int64_t size) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += x[i] * x[i];
-    return 1.f / std::sqrt(sum + eps);
+    for (int64_t i = 0; i < size; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+static float inverse_length(const float* x, int64_t size, float eps) {
+    return 1.f / std::sqrt(dot(x, x, size) + eps);
 }
 
 // One row's new query, key or value head: normalised (weight may be absent) and rotated (cos may be absent).
@@ -63,40 +67,67 @@ static void prepare_head(float* x, int64_t size, const float* weight, float eps,
     }
 }
 
-// scores[t] = q . key_t for n tokens; keys are (head_dim, tokens).
-static void dot_keys(const float* q, const float* keys, int64_t stride, int64_t size, int64_t n, float* scores) {
-    std::fill_n(scores, n, 0.f);
-    int64_t d = 0;
-    for (; d + 4 <= size; d += 4) {
-        const float *a = keys + d * stride, *b = a + stride, *c = b + stride, *e = c + stride;
-        float qa = q[d], qb = q[d + 1], qc = q[d + 2], qe = q[d + 3];
-#pragma omp simd
-        for (int64_t t = 0; t < n; ++t) scores[t] += qa * a[t] + qb * b[t] + qc * c[t] + qe * e[t];
-    }
-    for (; d < size; ++d) {
-        const float* a = keys + d * stride;
-#pragma omp simd
-        for (int64_t t = 0; t < n; ++t) scores[t] += q[d] * a[t];
-    }
+constexpr int64_t TOKENS = 256;  // of the cache, looked at together
+
+// A loop's rest costs as much as several lanes, so loops run over whole ones.
+static inline int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// scores[q][t] = query_q . key_t for T lanes of tokens at once; keys are (head_dim, tokens). Q queries share each load.
+template <int Q, int T>
+static void dot_keys(const float* query, const float* keys, int64_t stride, int64_t size, float* scores) {
+    Lanes sums[Q][T] = {};
+    for (int64_t d = 0; d < size; ++d, keys += stride)
+        for (int t = 0; t < T; ++t) {
+            Lanes key = load(keys + t * LANES);
+            for (int q = 0; q < Q; ++q) sums[q][t] += all(query[q * size + d]) * key;
+        }
+    for (int q = 0; q < Q; ++q)
+        for (int t = 0; t < T; ++t) store(scores + q * TOKENS + t * LANES, sums[q][t]);
 }
 
-// sums += weights . values for n tokens; values are (tokens, head_dim).
-static void add_values(const float* weights, const float* values, int64_t size, int64_t n, float* sums) {
+template <int Q>
+static void dot_all_keys(const float* query, const float* keys, int64_t stride, int64_t size, int64_t n, float* scores) {
     int64_t t = 0;
-    for (; t + 4 <= n; t += 4, values += 4 * size) {
-        const float *b = values + size, *c = b + size, *e = c + size;
-        float wa = weights[t], wb = weights[t + 1], wc = weights[t + 2], we = weights[t + 3];
-#pragma omp simd
-        for (int64_t d = 0; d < size; ++d) sums[d] += wa * values[d] + wb * b[d] + wc * c[d] + we * e[d];
-    }
-    for (; t < n; ++t, values += size)
-#pragma omp simd
-        for (int64_t d = 0; d < size; ++d) sums[d] += weights[t] * values[d];
+    for (; t + 4 * LANES <= n; t += 4 * LANES) dot_keys<Q, 4>(query, keys + t, stride, size, scores + t);
+    for (; t + LANES <= n; t += LANES) dot_keys<Q, 1>(query, keys + t, stride, size, scores + t);
+    for (; t < n; ++t)
+        for (int q = 0; q < Q; ++q) {
+            float& score = scores[q * TOKENS + t] = 0;
+            for (int64_t d = 0; d < size; ++d) score += query[q * size + d] * keys[d * stride + t];
+        }
 }
 
-// The softmax of a running set of scores: their maximum, the sum of exponentials, and the weighted values so far.
+// sums[q] += weights[q] . values for n tokens and V lanes of channels; values are (tokens, head_dim).
+template <int Q, int V>
+static void add_values(const float* weights, const float* values, int64_t size, int64_t n, float* sums) {
+    Lanes held[Q][V];
+    for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < V; ++v) held[q][v] = load(sums + q * size + v * LANES);
+    for (int64_t t = 0; t < n; ++t, values += size)
+        for (int v = 0; v < V; ++v) {
+            Lanes value = load(values + v * LANES);
+            for (int q = 0; q < Q; ++q) held[q][v] += all(weights[q * TOKENS + t]) * value;
+        }
+    for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < V; ++v) store(sums + q * size + v * LANES, held[q][v]);
+}
+
+template <int Q>
+static void add_all_values(const float* weights, const float* values, int64_t size, int64_t n, float* sums) {
+    int64_t d = 0;
+    for (; d + 4 * LANES <= size; d += 4 * LANES) add_values<Q, 4>(weights, values + d, size, n, sums + d);
+    for (; d + 2 * LANES <= size; d += 2 * LANES) add_values<Q, 2>(weights, values + d, size, n, sums + d);
+    for (; d + LANES <= size; d += LANES) add_values<Q, 1>(weights, values + d, size, n, sums + d);
+    for (; d < size; ++d)
+        for (int q = 0; q < Q; ++q)
+            for (int64_t t = 0; t < n; ++t) sums[q * size + d] += weights[q * TOKENS + t] * values[t * size + d];
+}
+
+// The softmax of a growing set of scores: the highest, and the sum of exponentials below it.
 struct Running {
-    float highest = -INFINITY, total = 0;
+    float highest, total = 1;
+
+    explicit Running(float score) : highest(score) {}
 
     // Turns n new scores into weights under the highest so far and rescales `sums`, which hold what came before.
     void take(float* scores, int64_t n, float* sums, int64_t size) {
@@ -116,7 +147,19 @@ struct Running {
     }
 };
 
-constexpr int64_t TOKENS = 256;  // of the cache, looked at together
+// Of Q queries over n tokens of the cache: sums and running go on.
+template <int Q>
+static void attend_block(const float* query, int64_t size, const float* keys, const float* values, int64_t stride,
+                         int64_t n, int64_t readable, Running* running, float* sums) {
+    float scores[Q * TOKENS];
+    int64_t padded = whole_lanes(n);
+    dot_all_keys<Q>(query, keys, stride, size, std::min(padded, readable), scores);
+    for (int q = 0; q < Q; ++q) {
+        std::fill(scores + q * TOKENS + n, scores + q * TOKENS + padded, -INFINITY);
+        running[q].take(scores + q * TOKENS, padded, sums + q * size, size);
+    }
+    add_all_values<Q>(scores, values, size, n, sums);
+}
 
 struct Attention {
     int64_t rows, heads, key_heads, head_dim, tokens, key_row, value_row, angle_row, window;
@@ -133,29 +176,28 @@ static void attend_row(const Attention& a, int64_t row, int64_t group, float* qk
     prepare_head(key, size, key_norm, a.norm_eps, cos, sin);
     float* my_keys = keys + row * a.key_row + group * size * a.tokens;
     float* my_values = values + row * a.value_row + group * size * a.tokens;
-    for (int64_t d = 0; d < size; ++d) my_keys[d * a.tokens + held] = key[d];
-    std::memcpy(my_values + held * size, value, size * sizeof(float));
-
     float* sums = out + (row * a.heads + group * queries) * size;
-    std::fill_n(sums, queries * size, 0.f);
+    std::vector<Running> running;
     for (int64_t j = 0; j < queries; ++j) {
-        const float* weight = norm ? norm + (group * queries + j) * size : nullptr;
-        prepare_head(query + j * size, size, weight, a.norm_eps, cos, sin);
-        for (int64_t d = 0; d < size; ++d) query[j * size + d] *= a.scale;
+        float* mine = query + j * size;
+        prepare_head(mine, size, norm ? norm + (group * queries + j) * size : nullptr, a.norm_eps, cos, sin);
+        for (int64_t d = 0; d < size; ++d) mine[d] *= a.scale;
+        running.emplace_back(dot(mine, key, size));
+        std::memcpy(sums + j * size, value, size * sizeof(float));
     }
-    std::vector<Running> running(queries);
-    float scores[TOKENS];
-    int64_t seen = held + 1, first = a.window > 0 ? std::max<int64_t>(0, seen - a.window) : 0;
-    for (int64_t t = first; t < seen; t += TOKENS) {
-        int64_t n = std::min(TOKENS, seen - t);
-        for (int64_t j = 0; j < queries; ++j) {
-            dot_keys(query + j * size, my_keys + t, a.tokens, size, n, scores);
-            running[j].take(scores, n, sums + j * size, size);
-            add_values(scores, my_values + t * size, size, n, sums + j * size);
-        }
+    for (int64_t t = a.window > 0 ? std::max<int64_t>(0, held + 1 - a.window) : 0; t < held; t += TOKENS) {
+        int64_t n = std::min(TOKENS, held - t), j = 0;
+        const float *k = my_keys + t, *v = my_values + t * size;
+        for (; j + 2 <= queries; j += 2)
+            attend_block<2>(query + j * size, size, k, v, a.tokens, n, a.tokens - t, &running[j], sums + j * size);
+        if (j < queries)
+            attend_block<1>(query + j * size, size, k, v, a.tokens, n, a.tokens - t, &running[j], sums + j * size);
     }
     for (int64_t j = 0; j < queries; ++j)
         for (int64_t d = 0; d < size; ++d) sums[j * size + d] /= running[j].total;
+    // Written last: reading a vector around a number just written would wait for it.
+    for (int64_t d = 0; d < size; ++d) my_keys[d * a.tokens + held] = key[d];
+    std::memcpy(my_values + held * size, value, size * sizeof(float));
 }
 
 struct Mamba {
