@@ -31,7 +31,7 @@ from bloomery.train.optim import adamw
 from claims import _corpus as corpus
 
 LENGTH, BATCH, STEPS, VALIDATION_ROWS = 128, 16, 320, 64
-SMOKE_STEPS, SMOKE_ROWS = 20, 8
+SMOKE_STEPS, SMOKE_ROWS = 8, 8
 EVALUATIONS = 20
 """Validations of a run, evenly spaced; the last two of them lie in the last tenth."""
 MODEL = ModelConfig(
@@ -102,7 +102,7 @@ def _train(
     model: Decoder, eight_bit: Fp8, loop: LoopConfig, batches: Iterator[list[Batch]], held_out: Batch
 ) -> dict[str, Any]:
     losses, validations, watched = [], [], []
-    every = loop.max_steps // EVALUATIONS
+    every = max(1, loop.max_steps // EVALUATIONS)
     eight_bit.begin(watch=False)
     for step in steps(TrainState(model, adamw(model, loop)), batches, batch_mean, loop):
         losses.append(step.loss)
@@ -149,7 +149,7 @@ def _result(losses: list[float], validations: list[list[float]], watched: list[T
     }
 
 
-def _quarter(curve: list[float], quarter: int) -> list[float]:
+def _quarter(curve: Sequence[float], quarter: int) -> Sequence[float]:
     return curve[quarter * len(curve) // 4 : (quarter + 1) * len(curve) // 4]
 
 
@@ -224,7 +224,8 @@ def figure(cells: Cells, file: Path) -> None:
 
     seeds = sorted({seed for _, seed in cells})
     whole, (gaps, zeros) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    share = [(number + 1) / EVALUATIONS for number in range(EVALUATIONS)]
+    count = len(cells[BASELINE, seeds[0]]["validation loss over time"])
+    share = [(number + 1) / count for number in range(count)]
     for arm in (arm for arm in ARMS if arm != BASELINE):
         curves = [_curve(cells, arm, seed) for seed in seeds]
         gaps.plot(share, [100 * mean(values) for values in zip(*curves, strict=True)], label=arm)
