@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from bloomery.generate import Engine, Request, SamplingParams
+from bloomery.model import gpu
 from bloomery.model.config import ModelConfig
+from bloomery.model.conv import causal_conv
 from bloomery.model.decoder import Decoder
+from bloomery.model.scan import ChunkedScan
 from bloomery.train.fp8 import Fp8Config
 from bloomery.train.fp8_linear import Fp8Product, multiplies
 from bloomery.train.loop import LoopConfig, TrainState, steps
@@ -90,3 +93,53 @@ class TestFp8:
         done = list(steps(state, iter([[batch]] * 30), next_token, loop))
         assert done[-1].loss < 0.7 * done[0].loss
         assert done[-1].fp8["layers.1.mixer.up_proj"]["dY"]["amax"] > 0
+
+
+SCANS = {"mamba_ssm_scan": gpu._SSD, "fla_scan": gpu._GLA, "compiled_scan": "torch"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", SCANS)
+def test_every_form_of_the_scan_equals_the_plain_one(name, dtype, tolerance, packed):
+    if gpu.installed(SCANS[name]) is None:
+        pytest.skip(f"{SCANS[name]} is not installed")
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        x, B, C = torch.randn(2, 200, 8, 64), torch.randn(2, 200, 2, 64), torch.randn(2, 200, 2, 64)
+        dt, A, D = torch.rand(2, 200, 8) * 0.1, -torch.rand(8) * 15 - 1, torch.ones(8)
+        initial, ids = torch.randn(2, 8, 64, 64), (torch.arange(200) // 70).expand(2, -1) if packed else None
+    given = [t.to(dtype).requires_grad_() if t.dim() == 4 else t.requires_grad_() for t in (x, dt, A, B, C, D)]
+    found = getattr(gpu, name)(*given, ids, initial, 64)
+    expected = ChunkedScan(64)(*given, ids, initial)
+    tolerance = 1e-4 if name == "compiled_scan" else tolerance
+    weights = [torch.randn_like(t) for t in expected]
+    gradients = [
+        torch.autograd.grad(out, given, [w.to(t.dtype) for w, t in zip(weights, out, strict=True)])
+        for out in (found, expected)
+    ]
+    for ours, true in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        scale = true.float().abs().max()
+        rounding = torch.finfo(ours.dtype).eps  # of a result in bf16
+        torch.testing.assert_close(
+            ours.float() / scale, true.float() / scale, rtol=0, atol=max(tolerance, 2 * rounding)
+        )
+
+
+@pytest.mark.parametrize(("left", "packed"), [(False, False), (True, False), (False, True)])
+def test_the_kernel_of_the_convolution_equals_the_plain_form(left, packed):
+    pytest.importorskip("causal_conv1d")
+    with torch.device("cuda"):
+        x, weight, bias = torch.randn(2, 50, 64), torch.randn(64, 4), torch.randn(64)
+        before = torch.randn(2, 3, 64) if left else None
+        ids = (torch.arange(50) // 20).expand(2, -1) if packed else None
+    found = gpu.kernel_conv(x, weight, bias, before, ids)
+    torch.testing.assert_close(found, causal_conv(x, weight, bias, before, ids), rtol=1e-3, atol=1e-3)
+
+
+def test_logits_with_kernels_equal_those_without(model, ids):
+    with torch.no_grad():
+        expected = model.cuda().lm_head(model(ids.cuda()))
+        assert gpu.apply(model)["scan"] in SCANS
+        found = model.lm_head(model(ids.cuda()))
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)

@@ -30,6 +30,7 @@ class Mamba(nn.Module):
         self.norm = GatedRMSNorm(inner, config.n_groups, config.norm_eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
         self.scan = ChunkedScan(config.chunk_size)
+        self.convolve = causal_conv  # `model.gpu` may put a kernel here
         self._reset_time_scales()
 
     @torch.no_grad()
@@ -50,7 +51,7 @@ class Mamba(nn.Module):
                 return self.out_proj(inner * recurrence.scale.to(inner.dtype))
         z, conv_in, dt = projected.split(self.config.mamba_in_proj_sizes, dim=-1)
         left = None if cache is None else cache.conv
-        mixed = causal_conv(conv_in, self.conv1d.weight[:, 0], self.conv1d.bias, left, context.segment_ids)
+        mixed = self.convolve(conv_in, self.conv1d.weight[:, 0], self.conv1d.bias, left, context.segment_ids)
         inputs, B, C = self.split(mixed)
         dt = self.time_steps(dt)
         if context.valid is not None:

@@ -9,7 +9,7 @@ What is inside chunks, (n, heads, Q, Q), exists for a block of chunks at a time 
 again in the backward. Kept for it are inputs, outputs and the states at the chunks' starts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,11 @@ _LONGEST_CHUNK = {"cpu": 64}  # more slow a CPU down; published models say 128 a
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of (heads, Q, Q): CPU: 1 MiB, half of a core's cache; GPU: 256 MiB
 _FORGOTTEN = -60.0  # exp(−60) = 9e-27 is as good as 0; numbers too small for float32 slow products down twentyfold
 
+Scan = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int], tuple[Tensor, Tensor]
+]
+"""Arguments and results of `ChunkedScan.forward`, and the chunk size as last argument."""
+
 
 class ChunkedScan(nn.Module):
     """Swap point: replace `mamba.scan` to change the kernel or the axis. This plain form is the oracle for others."""
@@ -29,6 +34,7 @@ class ChunkedScan(nn.Module):
     def __init__(self, chunk_size: int):
         super().__init__()
         self.chunk_size = chunk_size
+        self.kernel: Scan | None = None  # `model.gpu`: the same by other means, for tensors that are not on a CPU
 
     def forward(
         self,
@@ -55,6 +61,8 @@ class ChunkedScan(nn.Module):
         Returns:
             y (batch, seq, heads, head_dim) and the state (batch, heads, head_dim, state), float32.
         """
+        if self.kernel is not None and x.device.type != "cpu":
+            return self.kernel(x, dt, A, B, C, D, segment_ids, initial_state, self.chunk_size)
         seq = x.shape[1]
         chunk = _even_chunk(seq, min(self.chunk_size, _LONGEST_CHUNK.get(x.device.type, seq)))
         with torch.autocast(x.device.type, enabled=False):
