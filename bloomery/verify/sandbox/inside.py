@@ -52,10 +52,7 @@ def main() -> None:
     _become()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # with a handler, a case could interrupt its supervisor
     sys.setrecursionlimit(3000)
-    for module in WARM.split():
-        __import__(module)
-    gc.collect()
-    gc.freeze()  # no collection writes to pages that forks share
+    _warm_up()
     try:
         if _wait_for(kernel.clone(kernel.NAMESPACES) or _try_out()):
             return None
@@ -67,6 +64,19 @@ def main() -> None:
         if code == HUNG_UP:
             return None
         send({"idle": True, "supervisor": code})
+
+
+def _warm_up() -> None:
+    """Do here once what each fork would otherwise do for itself: imports, and first uses of compiler and codec."""
+    for module in WARM.split():
+        __import__(module)
+    program, _ = _compile(
+        b"def f(x):\n    return [x for x in range(3) if x] or 1 / x\ntry:\n    f(0)\nexcept OSError:\n    1"
+    )
+    exec(program, {})  # noqa: S102 - our own
+    json.loads(json.dumps(plain({"a": [1, 2.5, None, True]})))
+    gc.collect()
+    gc.freeze()  # no collection writes to pages that forks share
 
 
 def _become() -> None:
