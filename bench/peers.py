@@ -13,7 +13,7 @@ from typing import Any, Self
 VENV = Path(__file__).parent.parent / ".bench-venv"
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
 SAME_AS_OURS = ("torch", "transformers")
-PEERS = ("trl==1.16.0",)
+PEERS = ("trl==1.16.0", "transformers[serving]", "lm-eval[api]==0.4.13")
 
 
 def install() -> Path:
