@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bloomery.claim import Claim, Expectation, load
-from bloomery.claim.source import names
+from bloomery.claim.source import digest, names
 from bloomery.errors import ConfigError
 from bloomery.evaluate.statistics import Difference
 
@@ -184,6 +184,17 @@ def claim_with(**changes: object) -> Claim:
         "judge": lambda cells: [EXPECTATION.judged(Difference(1.0, 0.5, 1.5, 3), "Few.")],
     }  # fmt: skip
     return Claim(**fields | changes)
+
+
+@pytest.mark.parametrize("line", ["from claims import _effect", "from claims._effect import SIZE"])
+def test_shared_modules_count_for_those_who_import_them(checkout: Path, line: str) -> None:
+    claim, folder = claim_with(name="toy-effect"), checkout / "claims"
+    (folder / "toy_effect.py").write_text(f"{line}\n{TOY}")
+    found = []
+    for file, text in (("_effect.py", "SIZE = 1"), ("_other.py", "SIZE = 1"), ("_effect.py", "SIZE = 2")):
+        (folder / file).write_text(text)
+        found.append(digest(claim, checkout))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("changes", [{"seeds": (1, 901)}, {"smoke_seeds": (1,)}])

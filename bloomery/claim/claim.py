@@ -41,14 +41,17 @@ class Expectation:
     published: str
     note: str = ""
 
-    def judged(self, measured: Difference, note: str = "") -> Finding:
-        """The finding for a measured effect and its interval; `note` adds to what was written down before."""
+    def judged(self, measured: Difference, note: str = "", telling: bool = True) -> Finding:
+        """The finding for a measured effect and its interval; `note` adds to what was written down before.
+
+        telling: false where a control of the claim has failed, so that the numbers cannot tell, whatever they are.
+        """
         ci = (measured.low, measured.high)
+        said = verdict(ci, self.direction, self.threshold) if telling else "inconclusive"
         sign = "±" if self.direction == "within" else ""
-        return Finding(
-            self.claim, f"{self.direction} {sign}{self.threshold:g}", measured.effect, ci,
-            verdict(ci, self.direction, self.threshold), self.published, " ".join(filter(None, (self.note, note))),
-        )  # fmt: skip
+        notes = " ".join(filter(None, (self.note, note)))
+        direction = f"{self.direction} {sign}{self.threshold:g}"
+        return Finding(self.claim, direction, measured.effect, ci, said, self.published, notes)
 
 
 @dataclass(frozen=True)

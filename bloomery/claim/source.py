@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from bloomery.claim.claim import Claim
@@ -45,21 +46,33 @@ def title(name: str, root: Path) -> str:
 
 
 def digest(claim: Claim, root: Path) -> str:
-    """12 hexadecimal digits that change with a claim's code, or that of the modules beside it that start with `_`.
+    """12 hexadecimal digits that change with a claim's code, or with that of modules in `claims` which it imports.
 
     Comments, layout and the function that draws the picture do not count: no number depends on them.
     """
-    files = [_file(claim.name, root), *sorted((root / FOLDER).glob("_*.py"))]
     hasher = hashlib.blake2b(digest_size=6)
-    for file in files:
-        hasher.update(_code(file, claim.figure.__name__ if claim.figure else "").encode())
+    waiting, seen = [_file(claim.name, root)], set[Path]()
+    while waiting:
+        file = waiting.pop()
+        seen.add(file)
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not _draws(node, claim)]
+        hasher.update(ast.dump(tree).encode())
+        waiting += sorted({root / FOLDER / f"{name}.py" for name in _shared(tree)} - seen - {*waiting})
     return hasher.hexdigest()
 
 
-def _code(file: Path, without: str) -> str:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name == without)]
-    return ast.dump(tree)
+def _draws(node: ast.stmt, claim: Claim) -> bool:
+    return isinstance(node, ast.FunctionDef) and claim.figure is not None and node.name == claim.figure.__name__
+
+
+def _shared(tree: ast.Module) -> Iterator[str]:
+    """Modules of the folder that a module imports: `from claims import _x`, `from claims._x import …`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == FOLDER:
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{FOLDER}."):
+            yield node.module.split(".")[1]
 
 
 def _file(name: str, root: Path) -> Path:

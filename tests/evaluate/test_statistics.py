@@ -98,7 +98,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
             [seed + generator.normal(size=8) for seed in seeds], draws=1000, seed=trial
         )
         covered += found.low <= 0.3 <= found.high
-    assert 0.91 <= covered / 300 <= 0.99  # the plain percentile interval over five seeds covers about 0.84
+    assert 0.92 <= covered / 300 <= 0.99  # without the expansion, 0.88
 
 
 def test_items_alone_decide_where_seeds_agree() -> None:
