@@ -22,6 +22,7 @@ bench: $(INSTALLED)
 
 gpu-bench: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs
+	$(BIN)/python -m bench.train --device cuda
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "bloomery needs Python 3.11 to 3.13; run: make PYTHON=python3.11"'
