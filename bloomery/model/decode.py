@@ -1,4 +1,7 @@
-"""One decoding step of each mixer: x += mixer(norm(x)) for one token a row, with the weights of when it was made."""
+"""One decoding step of each mixer: x += mixer(norm(x)) for one token a row, with the weights of when it was made.
+
+`fixed`: products of a fixed number of rows, so that a row's result does not depend on the others.
+"""
 
 import math
 
@@ -25,10 +28,10 @@ class AttentionStep:
     many queries.
     """
 
-    def __init__(self, attention: Attention, norm: RMSNorm):
+    def __init__(self, attention: Attention, norm: RMSNorm, fixed: bool = False):
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
-        self._into = NormedLinear(norm, [query, key, value])
-        self._out = AddedLinear(attention.o_proj)
+        self._into = NormedLinear(norm, [query, key, value], fixed)
+        self._out = AddedLinear(attention.o_proj, fixed=fixed)
         self._head_dim = attention.head_dim
         self._heads, self._key_heads = (linear.out_features // attention.head_dim for linear in (query, key))
         self._head_norm, self._norm_eps = _head_norm(attention, self._heads, self._key_heads)
@@ -90,10 +93,10 @@ def _append(key: Tensor, value: Tensor, context: Context, cache: KeyValueCache) 
 class MambaStep:
     """x += mamba(norm(x)): the recurrence itself, in place."""
 
-    def __init__(self, mamba: Mamba, norm: RMSNorm):
-        self._into = NormedLinear(norm, [mamba.in_proj])
+    def __init__(self, mamba: Mamba, norm: RMSNorm, fixed: bool = False):
+        self._into = NormedLinear(norm, [mamba.in_proj], fixed)
         self._recurrence = Recurrence(mamba)
-        self._out = AddedLinear(mamba.out_proj, self._recurrence.scale)
+        self._out = AddedLinear(mamba.out_proj, self._recurrence.scale, fixed)
 
     def __call__(self, x: Tensor, context: Context, cache: MambaCache) -> Tensor:
         """x (batch, hidden) → x; `cache` moves on."""
@@ -103,10 +106,10 @@ class MambaStep:
 class MLPStep:
     """x += mlp(norm(x)); gate and up in one product."""
 
-    def __init__(self, mlp: MLP, norm: RMSNorm):
+    def __init__(self, mlp: MLP, norm: RMSNorm, fixed: bool = False):
         gate = [] if mlp.gate_proj is None else [mlp.gate_proj]
-        self._into = NormedLinear(norm, [*gate, mlp.up_proj])
-        self._out = AddedLinear(mlp.down_proj)
+        self._into = NormedLinear(norm, [*gate, mlp.up_proj], fixed)
+        self._out = AddedLinear(mlp.down_proj, fixed=fixed)
         self._gated, self._plain = mlp.gated if gate else None, mlp.plain
 
     def __call__(self, x: Tensor, *_: object) -> Tensor:

@@ -122,6 +122,14 @@ class DecodeState:
             [_map(c, lambda buffer: buffer[:rows]) for c in self.layers], self.lengths[:rows], self.max_tokens
         )
 
+    def only(self, row: int) -> "DecodeState":
+        """Row `row` alone, sharing memory."""
+        return DecodeState(
+            [_map(c, lambda buffer: buffer[row : row + 1]) for c in self.layers],
+            self.lengths[row : row + 1],
+            self.max_tokens,
+        )
+
     def take(self, rows: Tensor) -> "DecodeState":
         """A copy of these rows (n,), with room for `max_tokens` as before."""
         return DecodeState(

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from bloomery.model import native
 from bloomery.model.attention import Attention, AttentionCore
 from bloomery.model.context import Context
 from bloomery.model.decode import AttentionStep, MambaStep, MLPStep
@@ -15,7 +16,7 @@ from bloomery.model.layers import MLP
 from bloomery.model.mamba import Mamba
 from bloomery.model.norm import GatedRMSNorm, RMSNorm
 from bloomery.model.scan import ChunkedScan
-from bloomery.model.state import DecodeState
+from bloomery.model.state import Cache, DecodeState
 
 LayerStep = Callable[..., Tensor]  # (hidden, context, cache) → hidden
 _ORIGINAL = {
@@ -31,20 +32,36 @@ class Step:
     """Logits of the next token, from a copy of the weights as they are now.
 
     A layer with experts, or with anything replaced or hooked, is called as it is: nothing of it may be bypassed.
+
+    `deterministic`: on a CPU, a row's logits are bitwise the same whatever other rows there are. The kernels look at
+    each row by itself, and products are made of a fixed number of rows; where there are no kernels, or a layer is
+    called as it is, one row at a time is decoded. What a row holds must have been read the same way: alone, in pieces
+    whose sizes follow from its own length.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Decoder):
-        self._model = model
+    def __init__(self, model: Decoder, deterministic: bool = False):
+        self._model, self._deterministic = model, deterministic
         layers = set(model.layers.modules()) if isinstance(model, Decoder) else set()
         self._flat = all(_is_original(module) for module in model.modules() if module not in layers)
         if self._flat:
-            self._layers = [_layer_step(cast(Layer, layer)) for layer in model.layers]
-            self._head = NormedLinear(model.norm, [model.lm_head])
+            self._layers = [_layer_step(cast(Layer, layer), deterministic) for layer in model.layers]
+            self._head = NormedLinear(model.norm, [model.lm_head], deterministic)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """tokens (batch, 1) int64 → (batch, vocab); `state` moves on by one token."""
+        if self._deterministic and not self._rows_are_apart:
+            each = [self._logits(tokens[row : row + 1], state.only(row)) for row in range(state.batch)]
+            return torch.cat(each)
+        return self._logits(tokens, state)
+
+    @property
+    def _rows_are_apart(self) -> bool:
+        """Whether a row's logits cannot depend on the other rows."""
+        return self._flat and native.serves(self._model.embeddings.weight) and not any(map(_is_whole, self._layers))
+
+    def _logits(self, tokens: Tensor, state: DecodeState) -> Tensor:
         if not self._flat:
             return self._model.lm_head(self._model(tokens, state=state)[:, 0])
         model = self._model
@@ -58,10 +75,25 @@ class Step:
         return self._head(hidden)
 
 
-def _layer_step(layer: Layer) -> LayerStep:
+class WholeLayer:
+    """A layer called as it is."""
+
+    def __init__(self, layer: Layer):
+        self._layer = layer
+
+    def __call__(self, x: Tensor, context: Context, cache: Cache) -> Tensor:
+        """x (batch, hidden) → the same shape."""
+        return self._layer(x.unsqueeze(1), context, cache)[:, 0]
+
+
+def _is_whole(step: LayerStep) -> bool:
+    return isinstance(step, WholeLayer)
+
+
+def _layer_step(layer: Layer, deterministic: bool) -> LayerStep:
     if all(_is_original(module) for module in layer.modules()):
-        return _STEPS[type(layer.mixer)](layer.mixer, layer.norm)
-    return lambda x, context, cache: layer(x.unsqueeze(1), context, cache)[:, 0]
+        return _STEPS[type(layer.mixer)](layer.mixer, layer.norm, deterministic)
+    return WholeLayer(layer)
 
 
 def _is_original(module: nn.Module) -> bool:
