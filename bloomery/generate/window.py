@@ -150,7 +150,8 @@ class Window:
 
 
 def _stop_table(live: list[Live], device: torch.device) -> Tensor | None:
-    """Each row's stop tokens, padded with −1: (rows, most of a row)."""
+    """Each row's stop tokens, padded with −1: (rows, most of a row), or one row for all if they share them."""
     sets = [one.params.stop_token_ids for one in live]
     wide = max(map(len, sets))
-    return torch.tensor([[*ids, *[-1] * (wide - len(ids))] for ids in sets], device=device) if wide else None
+    rows = sets[:1] if all(ids is sets[0] or ids == sets[0] for ids in sets) else [(*ids, *[-1] * (wide - len(ids))) for ids in sets]
+    return torch.tensor(rows, device=device) if wide else None
