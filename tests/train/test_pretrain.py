@@ -143,6 +143,29 @@ def test_a_run_that_was_cut_ends_the_same(tokens, base, tmp_path, monkeypatch):
     assert {**manifest.summary, "tokens_per_second": 0} == {**expected, "tokens_per_second": 0}
 
 
+def test_in_fp8_it_learns_resumes_exactly_and_exports_the_same_names(tokens, base, tmp_path, monkeypatch):
+    fp8 = {"precision": "fp8", "fp8": {"high_precision_layers": 1, "measure_every_steps": 10}}
+    settings = config(tokens, loop=fp8)
+    assert pretrain.check(settings)["fp8"].startswith("6 of 10 linear layers in FP8 (e4m3 forward")
+    whole = pretrain.run(settings, tmp_path / "whole")
+    assert whole.summary["loss"] == pytest.approx(artifact.read_manifest(base).summary["loss"], rel=0.1)
+    monkeypatch.setattr(pretrain.hf, "save", interrupt)
+    monkeypatch.setattr(pretrain, "validation_losses", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(settings, tmp_path / "cut")
+    monkeypatch.undo()
+    assert rows(tmp_path / "cut")[-1]["step"] == 10, "it was cut at its first validation"
+    pretrain.run(settings, tmp_path / "cut")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    ours, theirs = (hf.load(tmp_path / run / "model").state_dict() for run in ("cut", "whole"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert ours.keys() == hf.load(base / "model").state_dict().keys()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_finished_stage_is_not_run_again(tokens, base):
     before = (base / "metrics.jsonl").read_bytes()
     assert pretrain.run(config(tokens), base) == artifact.read_manifest(base)
