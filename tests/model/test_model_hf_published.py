@@ -9,11 +9,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bloomery.errors import ArtifactError, ConfigError
 from bloomery.model import hf
 from bloomery.model.config import ModelConfig, RopeConfig
 from bloomery.model.decoder import Decoder
+from bloomery.model.rope import attention_factor, inverse_frequencies
 from bloomery.model.state import DecodeState
 
 LLAMA3 = {
@@ -303,3 +305,16 @@ def test_yarn_as_old_configurations_write_it(tmp_path: Path) -> None:
     assert rope is not None
     assert (rope.rope_type, rope.rope_theta, rope.original_max_position_embeddings) == ("yarn", 1000.0, 64)
     assert rope.attention_factor == pytest.approx((0.05 * math.log(4) + 1) / (0.1 * math.log(4) + 1))
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("beta_fast", [32.0, 6.5])
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_yarn_frequencies_are_those_of_transformers(factor: float, beta_fast: float, truncate: bool) -> None:
+    yarn = {"rope_type": "yarn", "factor": factor, "beta_fast": beta_fast, "beta_slow": 1.5, "truncate": truncate,
+            "rope_theta": 1e4, "original_max_position_embeddings": 2048}  # fmt: skip
+    config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=4, head_dim=64, rope_parameters=dict(yarn))
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](config)
+    rope = RopeConfig(**yarn)
+    torch.testing.assert_close(inverse_frequencies(rope, 64), frequencies, rtol=1e-5, atol=0)
+    assert attention_factor(rope) == pytest.approx(scale)
