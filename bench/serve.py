@@ -1,13 +1,14 @@
 """Streaming to 16 clients at once, against `transformers serve`.
 
-Same weights (both serve our export), same prompts through /v1/chat/completions with the official client's protocol,
-float32, greedy, exactly NEW tokens each (the end token lies outside the vocabulary). The clients run in a process of
-their own; each server has one core to itself in its turn, the other one rests, and the clients have the rest of the
-machine. Both sides answer CLIENTS × ROUNDS requests a turn, each client one after the other. The peer runs with
-whichever of its two schedulers is faster here: one request at a time, or continuous batching.
+Same weights (both serve our export), same prompts through /v1/chat/completions, float32, greedy, exactly NEW tokens
+each (the end token is never the likeliest). Each server is pinned to the same core, with one thread; they stay up and
+take turns, so that only one works at a time. A turn is CLIENTS × rounds requests, each client one after the other.
+The peer runs with both of its schedulers, one request at a time (its default) and continuous batching; the figure is
+against the faster one, `peers` has both.
 
-`python -m bench.serve [--quick]` prints one JSON line: `serve/throughput`, new tokens per second over a turn;
-ratio > 1: we are faster. `first_token_ms` and `inter_token_ms` are medians over all pieces that clients saw.
+`python -m bench.serve [--quick]` prints one JSON line: `serve/throughput`, new tokens per second of the server's own
+time, so that what else the machine does hardly enters; ratio > 1: we are faster. `first_token_ms` and `inter_token_ms`
+are medians by the clock over all pieces that clients saw, and need an idle machine.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ from bloomery.model import hf
 from bloomery.model.config import ModelConfig, RopeConfig
 from bloomery.model.decoder import Decoder
 
-WORDS, NEW, PROMPT, CLIENTS = 1024, 64, 32, 16
+WORDS, NEW, PROMPT, CLIENTS = 1024, 32, 32, 16
 MODEL = ModelConfig(
     family="llama", pattern="*-" * 4, vocab_size=WORDS + 1, hidden_size=256, intermediate_size=704, mlp_gated=True,
     mlp_hidden_act="silu", num_attention_heads=8, num_key_value_heads=4, head_dim=32, rope=RopeConfig(),
@@ -44,12 +45,19 @@ TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 SERVER_CORE = 0
+SCHEDULERS = {"one at a time": (), "continuous batching": ("--continuous-batching",)}
+TICKS = os.sysconf("SC_CLK_TCK")
+TEMPLATE = (
+    "{% for message in messages %}{{ message.content + ' ' }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+SERVER_CORE = 0
 PEER_SETTINGS: tuple[str, ...] = ()
 
 
 @dataclass
 class Turn:
-    """What the clients saw: seconds of the whole, and times in milliseconds."""
+    """Seconds that the server computed, and what the clients saw, in milliseconds."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -100,35 +108,51 @@ async def ask(address: tuple[str, int], model: str, prompt: str, turn: Turn) -> 
 
 
 async def _take_turn(address: tuple[str, int], model: str, texts: list[str]) -> Turn:
-    turn, queue, start = Turn(), iter(texts), time.perf_counter()
+    turn, queue = Turn(), iter(texts)
 
     async def client() -> None:
         for prompt in queue:
             await ask(address, model, prompt, turn)
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    turn.seconds = time.perf_counter() - start
     return turn
 
 
-def take_turn(port: int, model: str, texts: list[str]) -> Turn:
+def take_turn(side: "Server", model: str, texts: list[str]) -> Turn:
     """All requests, CLIENTS at a time."""
-    return asyncio.run(_take_turn(("127.0.0.1", port), model, texts))
+    before = side.seconds()
+    turn = asyncio.run(_take_turn(("127.0.0.1", side.port), model, texts))
+    turn.seconds = side.seconds() - before
+    return turn
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    pid: int
+    port: int
+
+    def seconds(self) -> float:
+        """Processor time that it has used, all threads."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 @contextmanager
-def server(command: list[str], port: int) -> Iterator[None]:
-    """A server on SERVER_CORE, one thread, its output kept from ours."""
+def serving(command: list[str]) -> Iterator[Server]:
+    """A server on SERVER_CORE, one thread, with what it prints on standard error."""
+    port = _free_port()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=sys.stderr,
+        [*command, "--port", str(port)], env=environment, stdout=sys.stderr,
         preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
     )  # fmt: skip
     try:
         while process.poll() is None and not _listens(port):
             time.sleep(0.1)
         assert process.poll() is None, f"{' '.join(command)} ended with code {process.returncode}"
-        yield
+        yield Server(process.pid, port)
     finally:
         process.kill()
         process.wait()
@@ -145,35 +169,34 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def commands(folder: Path) -> dict[str, tuple[list[str], int]]:
-    """How each side is started, and on which port."""
-    model, ours, peer = str(folder), _free_port(), _free_port()
-    transformers_cli = str(install().parent / "transformers")
-    return {
-        "ours": ([sys.executable, "-m", "bloomery", "serve", model, "--port", str(ours), "--name", model], ours),
-        "peer": ([transformers_cli, "serve", model, "--port", str(peer), "--device", "cpu", "--dtype", "float32",
-                  *PEER_SETTINGS], peer),
-    }  # fmt: skip
+def commands(model: str) -> dict[str, list[str]]:
+    """How each side is started."""
+    peer = [str(install().parent / "transformers"), "serve", model, "--device", "cpu", "--dtype", "float32"]
+    ours = [sys.executable, "-m", "bloomery", "serve", model, "--name", model]
+    return {"ours": ours} | {name: [*peer, *settings] for name, settings in SCHEDULERS.items()}
 
 
 def measure(rounds: int, repeats: int) -> dict[str, object]:
-    """The figure: both servers stay up, and take turns."""
+    """The figure: all servers stay up, and take turns after a warm-up."""
     texts = prompts(CLIENTS * rounds)
-    with tempfile.TemporaryDirectory() as name, ExitStack() as servers:
+    turns: dict[str, list[Turn]] = {}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as running:
         folder = Path(name) / "llama"
         folder.mkdir()
         export(folder)
-        sides = commands(folder)
-        for command, port in sides.values():
-            servers.enter_context(server(command, port))
-        for _, port in sides.values():
-            take_turn(port, str(folder), texts[:CLIENTS])  # warm-up
-        turns: dict[str, list[Turn]] = {side: [] for side in sides}
-        for _ in range(repeats):
-            for side, (_, port) in sides.items():
-                turns[side].append(take_turn(port, str(folder), texts))
+        servers = {side: running.enter_context(serving(line)) for side, line in commands(str(folder)).items()}
+        for repeat in range(repeats + 1):
+            for side, server in servers.items():
+                turn = take_turn(server, str(folder), texts if repeat else texts[:2])
+                turns.setdefault(side, []).extend([turn] if repeat else [])
+    return _figure(turns)
+
+
+def _figure(turns: dict[str, list[Turn]]) -> dict[str, object]:
     rates = {side: [turn.rate for turn in taken] for side, taken in turns.items()}
-    found = figure("serve/throughput", rates["ours"], rates["peer"], "tokens/s")
+    best = max(SCHEDULERS, key=lambda side: statistics.median(rates[side]))
+    found = figure("serve/throughput", rates["ours"], rates[best], "tokens/s")
+    found["peers"] = {side: round(statistics.median(rates[side]), 1) for side in SCHEDULERS}
     for name, key in (("first_token_ms", "first"), ("inter_token_ms", "between")):
         found[name] = {
             side: round(statistics.median(ms for turn in taken for ms in getattr(turn, key)), 1)

@@ -78,10 +78,11 @@ class Answer:
         if self._plan.echo:
             text = self._model.decode(prompt) + text
             before = completion.prompt_top_logprobs or [None] * len(prompt)
+            after: Sequence[dict[int, float] | None] = tops or [None] * len(ids)
             choice["logprobs"] = self._logprobs(
                 [*prompt, *ids],
                 [*(completion.prompt_logprobs or ()), *(logprobs or ())],
-                [*before, *(tops or [None] * len(ids))],
+                [*before, *after],
                 0,
             )
         else:
