@@ -17,16 +17,20 @@ from bloomery.model.state import DecodeState
 from bloomery.model.step import Step
 
 BLOCK = 128  # tokens: a row's memory grows by at least so many
+_VECTOR = 16  # tokens: with as many to spare, kernels read whole vectors, and the same ones in memory of any size
 _WORTH_FREEING = 64 * 2**20  # bytes: a smaller memory is not copied only to shrink it
 
 Remember = Callable[[Prompt, DecodeState, int], None]  # the tokens that a row of a state holds
 
 
 class Batch:
-    """Live sequences, and what is done to them; `admit`, `decode` and `abort` return news."""
+    """Live sequences, and what is done to them; `admit`, `decode` and `abort` return news.
 
-    def __init__(self, allocate: Allocate, max_rows: int, text_of: Decode | None, remember: Remember):
-        self._allocate, self._max_rows = allocate, max_rows
+    `apart`: no row's draw may depend on the others' settings.
+    """
+
+    def __init__(self, allocate: Allocate, max_rows: int, text_of: Decode | None, remember: Remember, apart: bool):
+        self._allocate, self._max_rows, self._apart = allocate, max_rows, apart
         self._text_of, self._remember = text_of, remember
         self.weight_version = 0
         self._live: list[Live] = []
@@ -60,9 +64,9 @@ class Batch:
         start = len(self._live)
         new = [Live.begin(member, self._text_of) for member in members]
         self._live += new
-        self._make_room(len(self._live), max(self._longest, *(len(one.waiting.prompt) for one in new)) + 1)
+        self._make_room(len(self._live), max(self._longest, *(len(one.waiting.prompt) for one in new)))
         self._state.put(torch.arange(start, len(self._live), device=logits.device), state)
-        window = Window(new, logits.device)
+        window = Window(new, logits.device, self._apart)
         ended = [start + row for row in window.draw(logits)]
         window.flush()
         news = self._news(ended, new)
@@ -74,7 +78,7 @@ class Batch:
         """One step: feed each row's last token, draw its next."""
         window = self._window
         assert window is not None
-        self._make_room(len(self._live), self._longest + 1)
+        self._make_room(len(self._live), self._longest)
         with torch.inference_mode():
             ended = window.draw(step(window.last, self._memory))
         self._longest += 1
@@ -141,28 +145,28 @@ class Batch:
         if not self._live:
             return
         self._give_back()
-        self._window = Window(self._live.copy(), self._state.lengths.device)
+        self._window = Window(self._live.copy(), self._state.lengths.device, self._apart)
         self._streaming = [one for one in self._live if one.waiting.request.stream]
         self._memory = self._state.head(len(self._live))
 
-    def _make_room(self, rows: int, tokens: int) -> None:
-        """Grow to at least this size: twofold, but never beyond what the sequences can come to."""
-        held_rows, held_tokens = self._state.batch, self._state.max_tokens
-        if rows > held_rows:
-            held_rows = min(self._max_rows, max(rows, 2 * held_rows))
-        if tokens > held_tokens:
+    def _make_room(self, rows: int, held: int) -> None:
+        """Grow for so many rows and one more token than they hold: twofold, never beyond what they can come to."""
+        tokens, new_rows, new_tokens = held + _VECTOR, self._state.batch, self._state.max_tokens
+        if rows > new_rows:
+            new_rows = min(self._max_rows, max(rows, 2 * new_rows))
+        if tokens > new_tokens:
             most = max(one.most for one in self._live)
-            held_tokens = min(most, max(_in_blocks(tokens), 2 * held_tokens))
-        if (held_rows, held_tokens) != (self._state.batch, self._state.max_tokens):
-            self._state.resize(held_rows, held_tokens)
+            new_tokens = min(_rounded(most + _VECTOR, _VECTOR), max(_rounded(tokens, BLOCK), 2 * new_tokens))
+        if (new_rows, new_tokens) != (self._state.batch, self._state.max_tokens):
+            self._state.resize(new_rows, new_tokens)
             self._memory = self._state.head(len(self._live))
 
     def _give_back(self) -> None:
         """Shrink memory of which less than a quarter is in use."""
-        rows, tokens = len(self._live), min(_in_blocks(self._longest + 1), self._state.max_tokens)
+        rows, tokens = len(self._live), min(_rounded(self._longest + _VECTOR, BLOCK), self._state.max_tokens)
         if self._state.nbytes > _WORTH_FREEING and self._state.batch * self._state.max_tokens > 4 * rows * tokens:
             self._state.resize(rows, tokens)
 
 
-def _in_blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK) * BLOCK
+def _rounded(tokens: int, multiple: int) -> int:
+    return -(-tokens // multiple) * multiple

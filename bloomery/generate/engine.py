@@ -71,7 +71,7 @@ class Engine:
             prefix_cache_bytes, "M" in model.config.pattern, deterministic, lambda: fingerprint(model)
         )
         self._reader = PromptReader(model, self._allocate, prefill_tokens, self._prefixes, deterministic)
-        self._batch = Batch(self._allocate, max_batch, decode, self._remember)
+        self._batch = Batch(self._allocate, max_batch, decode, self._remember, deterministic)
         self._queue = Queue()
         self._counts = EngineStats()
         self._step: Step | None = None
@@ -204,7 +204,7 @@ class Engine:
         self._just_read = False
         self._counts.generated_tokens += self.running
         if self._step is None:
-            self._step = Step(self.model, deterministic=True) if self._deterministic else Step(self.model)
+            self._step = Step(self.model, self._deterministic)
         return self._batch.decode(self._step)
 
     def _read(self, room: int) -> list[Update]:

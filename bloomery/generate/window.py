@@ -90,28 +90,39 @@ class Live:
 class Window:
     """Live rows with their settings and the tokens drawn since they came together. Made when the rows change.
 
+    `apart`: draw for each row by itself, since the kernel that serves all depends on the settings of all.
     Drawn tokens stay on the model's device until `flush`: on an accelerator, looking at them waits for it.
     """
 
-    def __init__(self, live: list[Live], device: torch.device):
+    def __init__(self, live: list[Live], device: torch.device, apart: bool = False):
         self._live, self._device = live, device
-        self._settings = RowSettings.of([one.params for one in live], device)
+        every = [one.params for one in live]
+        together = [[params] for params in every] if apart else [every]
+        self._settings = [RowSettings.of(rows, device) for rows in together]
         self._watched = [(row, one.watch) for row, one in enumerate(live) if one.watch]
         self._top = max(one.params.top_logprobs for one in live)
         self._left = [one.params.max_new_tokens - len(one.tokens) for one in live]
         self._soonest, self._drawn = min(self._left), 0
         self._stops = _stop_table(live, device)
         self._places = [len(one.tokens) for one in live]
-        self._pending: list[tuple[Tensor, ...]] = []
+        self._pending: list[list[Tensor]] = []
         self.last = torch.tensor([one.tokens[-1:] or [0] for one in live], device=device)
 
     def draw(self, logits: Tensor) -> list[int]:
         """Draw and record a token for each row; logits (rows, vocab) are overwritten. Returns the rows that end."""
-        top = likeliest(logits, self._settings, self._top) if self._top else ()
-        self.last, logprob = sample(logits, self._settings, self._uniform())
-        self._pending.append((self.last, logprob, *top))
+        parts = len(self._settings)
+        rows = zip(logits.chunk(parts), self._settings, self._uniform().chunk(parts), strict=True)
+        drawn = [self._draw(*each) for each in rows]
+        columns = drawn[0] if len(drawn) == 1 else [torch.cat(column) for column in zip(*drawn, strict=True)]
+        self.last = columns[0]
+        self._pending.append(columns)
         self._drawn += 1
         return sorted(self._ended())
+
+    def _draw(self, logits: Tensor, settings: RowSettings, uniform: Tensor) -> list[Tensor]:
+        """Tokens, logprobs and, if asked for, alternatives: a column each."""
+        top = likeliest(logits, settings, self._top) if self._top else ()
+        return [*sample(logits, settings, uniform), *top]
 
     def flush(self) -> None:
         """Hand the drawn tokens to their sequences."""
@@ -153,5 +164,9 @@ def _stop_table(live: list[Live], device: torch.device) -> Tensor | None:
     """Each row's stop tokens, padded with −1: (rows, most of a row), or one row for all if they share them."""
     sets = [one.params.stop_token_ids for one in live]
     wide = max(map(len, sets))
-    rows = sets[:1] if all(ids is sets[0] or ids == sets[0] for ids in sets) else [(*ids, *[-1] * (wide - len(ids))) for ids in sets]
+    rows = (
+        sets[:1]
+        if all(ids is sets[0] or ids == sets[0] for ids in sets)
+        else [(*ids, *[-1] * (wide - len(ids))) for ids in sets]
+    )
     return torch.tensor(rows, device=device) if wide else None

@@ -213,7 +213,7 @@ def test_memory_grows_with_the_sequences_and_its_bytes_are_those_predicted(model
     while engine.busy:
         found |= {update.ticket: update.completion for update in engine.step()}
         seen.append(engine.stats.cache_bytes)
-    sizes = [model.config.cache_bytes(3, tokens, torch.float32) for tokens in (128, 256, 395)]
+    sizes = [model.config.cache_bytes(3, tokens, torch.float32) for tokens in (128, 256, 416)]
     assert sorted(set(seen) - {0}) == sorted(set(sizes))
     expected = Engine(model, max_batch=1, max_tokens=400).generate(requests)
     assert [found[ticket].token_ids for ticket in tickets] == [c.token_ids for c in expected]
