@@ -84,11 +84,16 @@ def _bytes(row: bytes | Drawn) -> np.ndarray:
 
 @cache
 def _text(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `length` + 1 bytes to train on and to hold out; modules come in an order of hashes, so any is fair."""
+    """Rows of `length` + 1 bytes to train on and to hold out; modules come in an order of hashes, so any is fair.
+
+    A few modules are in the library twice: rows that are held out are left out of the others.
+    """
     modules = [_rows(document.text.encode(), length) for document in read_stdlib("sources", Invalid())]
     modules = [rows for rows in modules if len(rows) >= 2 * ROWS_A_MODULE]
     held_out = np.concatenate([rows[len(rows) // 2 :][:ROWS_A_MODULE] for rows in modules[:HELD_OUT_MODULES]])
-    return np.concatenate(modules[HELD_OUT_MODULES:]), held_out
+    secret = {row.tobytes() for row in held_out}
+    others = np.concatenate(modules[HELD_OUT_MODULES:])
+    return others[[row.tobytes() not in secret for row in others]], held_out
 
 
 def _rows(text: bytes, length: int) -> np.ndarray:

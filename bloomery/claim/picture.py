@@ -20,6 +20,7 @@ def curves(
     matplotlib.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -27,6 +28,7 @@ def curves(
         for color, (arm, members) in zip(_colors(len(arms)), arms.items(), strict=True):
             _draw(axis, arm, color, members)
         axis.set(xlabel=x, ylabel=name, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
     axes[0].legend(frameon=False)

@@ -132,20 +132,21 @@ def two_level_bootstrap(differences: Sequence[Sequence[float]], draws: int = 10_
     if not groups or not all(len(group) for group in groups):
         raise ValueError(f"every seed needs at least one difference; found {[len(group) for group in groups]}")
     generator = np.random.default_rng(seed)
-    resampled = np.stack([_item_means(group, (draws, len(groups)), generator) for group in groups])
     chosen = generator.integers(len(groups), size=(draws, len(groups)))
-    means = np.take_along_axis(resampled, chosen[None], axis=0)[0].mean(axis=1)
+    resampled = np.empty(chosen.shape)
+    for number, group in enumerate(groups):
+        places = chosen == number
+        resampled[places] = _item_means(group, int(places.sum()), generator)
+    means = resampled.mean(axis=1)
     tail = _tail(len(groups))
     low, high = np.quantile(means, [tail, 1 - tail])
     return Difference(float(np.mean([group.mean() for group in groups])), float(low), float(high), len(groups))
 
 
-def _item_means(group: np.ndarray, shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """Means of resampled items, one for each place of `shape`."""
-    if len(group) == 1:
-        return np.full(shape, group[0])
-    weights = np.full(len(group), 1 / len(group))
-    return generator.multinomial(len(group), weights, size=shape) @ group / len(group)
+def _item_means(group: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """`count` means of as many items as there are, drawn with replacement."""
+    picked = generator.integers(len(group), size=(count, len(group)), dtype=np.int32)
+    return group[picked].mean(axis=1)
 
 
 def _tail(n: int) -> float:
