@@ -215,7 +215,7 @@ class PromptReader:
     def _keep_ends(self, logits: Tensor, queue: Queue) -> None:
         """Remember prompts that are long, or that others wait for: to copy a short one costs more than it can save."""
         for row, one in enumerate(self._group):
-            if self._prefixes.limit and (one.unread >= BLOCK or one.prompt in queue):
+            if self._prefixes.limit and (len(one.prompt) >= BLOCK or one.prompt in queue):
                 self._prefixes.insert(one.prompt, self._state, row, logits[row], ends_text=True)
 
 
