@@ -5,11 +5,12 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from bloomery.claim.page import hardware
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -23,7 +24,7 @@ def main(names: list[str]) -> None:
     for name in chosen:
         load = os.getloadavg()[0]
         for figure in _measure(name):
-            figure |= {"date": time.strftime("%Y-%m-%d"), "machine": _machine(), "load_before": round(load, 2)}
+            figure |= {"date": time.strftime("%Y-%m-%d"), "machine": hardware(), "load_before": round(load, 2)}
             figures[figure["name"]] = figure
     _write([figures[name] for name in sorted(figures)])
 
@@ -38,12 +39,6 @@ def _measure(name: str) -> list[dict[str, object]]:
 def _previous() -> list[dict[str, object]]:
     file = DOCS / "benchmarks.json"
     return json.loads(file.read_text()) if file.exists() else []
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return f"{model}, {os.cpu_count()} cores"
 
 
 INTRODUCTION = """# Benchmarks
