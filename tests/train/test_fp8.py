@@ -128,11 +128,12 @@ def test_it_learns_and_measures():
     assert all(any(panel.holds(name) for panel in PANELS) for name in means)
 
 
-def test_the_measured_amax_is_the_largest_over_micro_batches():
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_measured_amax_is_the_largest_over_micro_batches(order):
     config = fp8_loop(max_steps=1, fp8={"measure_every_steps": 1})
     whole, parts = decoder(), decoder()
     batch = next(batches(0))
-    split = [{name: value[row : row + 1] for name, value in batch[0].items()} for row in range(4)]
+    split = [{name: value[row : row + 1] for name, value in batch[0].items()} for row in range(4)][::order]
     (one,) = steps(TrainState(whole, adamw(whole, config)), iter([batch]), next_token, config)
     (many,) = steps(TrainState(parts, adamw(parts, config)), iter([split]), next_token, config)
     for role in ("X", "W"):
