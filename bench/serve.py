@@ -3,11 +3,11 @@
 Same weights (both serve our export), same prompts through /v1/chat/completions, float32, greedy, exactly NEW tokens
 each (the end token is never the likeliest). Each server is pinned to the same core, with one thread; they stay up and
 take turns, so that only one works at a time. A turn is CLIENTS × rounds requests, each client one after the other.
-The peer runs with both of its schedulers, one request at a time (its default) and continuous batching; the figure is
-against the faster one, `peers` has both.
+`serve/throughput`: the peer as it starts by default, one request at a time.
+`serve/throughput_continuous`: the peer with its option --continuous-batching.
 
-`python -m bench.serve [--quick]` prints one JSON line: `serve/throughput`, new tokens per second of the server's own
-time, so that what else the machine does hardly enters; ratio > 1: we are faster. `first_token_ms` and `inter_token_ms`
+`python -m bench.serve [--quick]` prints one JSON line per figure: new tokens per second of the server's own time, so
+that what else the machine does hardly enters; ratio > 1: we are faster. `first_token_ms` and `inter_token_ms`
 are medians by the clock over all pieces that clients saw, and need an idle machine.
 """
 
@@ -45,7 +45,7 @@ TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 SERVER_CORE = 0
-SCHEDULERS = {"one at a time": (), "continuous batching": ("--continuous-batching",)}
+PEERS = {"serve/throughput": (), "serve/throughput_continuous": ("--continuous-batching",)}
 TICKS = os.sysconf("SC_CLK_TCK")
 TEMPLATE = (
     "{% for message in messages %}{{ message.content + ' ' }}"
@@ -173,11 +173,11 @@ def commands(model: str) -> dict[str, list[str]]:
     """How each side is started."""
     peer = [str(install().parent / "transformers"), "serve", model, "--device", "cpu", "--dtype", "float32"]
     ours = [sys.executable, "-m", "bloomery", "serve", model, "--name", model]
-    return {"ours": ours} | {name: [*peer, *settings] for name, settings in SCHEDULERS.items()}
+    return {"ours": ours} | {name: [*peer, *settings] for name, settings in PEERS.items()}
 
 
-def measure(rounds: int, repeats: int) -> dict[str, object]:
-    """The figure: all servers stay up, and take turns after a warm-up."""
+def measure(rounds: int, repeats: int) -> list[dict[str, object]]:
+    """Both figures: all servers stay up, and take turns after a warm-up."""
     texts = prompts(CLIENTS * rounds)
     turns: dict[str, list[Turn]] = {}
     with tempfile.TemporaryDirectory() as name, ExitStack() as running:
@@ -189,25 +189,23 @@ def measure(rounds: int, repeats: int) -> dict[str, object]:
             for side, server in servers.items():
                 turn = take_turn(server, str(folder), texts if repeat else texts[:2])
                 turns.setdefault(side, []).extend([turn] if repeat else [])
-    return _figure(turns)
+    return [_figure(name, turns["ours"], turns[name]) for name in PEERS]
 
 
-def _figure(turns: dict[str, list[Turn]]) -> dict[str, object]:
-    rates = {side: [turn.rate for turn in taken] for side, taken in turns.items()}
-    best = max(SCHEDULERS, key=lambda side: statistics.median(rates[side]))
-    found = figure("serve/throughput", rates["ours"], rates[best], "tokens/s")
-    found["peers"] = {side: round(statistics.median(rates[side]), 1) for side in SCHEDULERS}
-    for name, key in (("first_token_ms", "first"), ("inter_token_ms", "between")):
-        found[name] = {
-            side: round(statistics.median(ms for turn in taken for ms in getattr(turn, key)), 1)
-            for side, taken in turns.items()
+def _figure(name: str, ours: list[Turn], peer: list[Turn]) -> dict[str, object]:
+    found = figure(name, [turn.rate for turn in ours], [turn.rate for turn in peer], "tokens/s")
+    for key, field_name in (("first_token_ms", "first"), ("inter_token_ms", "between")):
+        found[key] = {
+            side: round(statistics.median(ms for turn in taken for ms in getattr(turn, field_name)), 1)
+            for side, taken in (("ours", ours), ("peer", peer))
         }
     return found
 
 
 def main() -> None:
     quick = "--quick" in sys.argv
-    print(json.dumps(measure(rounds=1 if quick else 2, repeats=3 if quick else 5)), flush=True)
+    for found in measure(rounds=1 if quick else 2, repeats=3 if quick else 5):
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
