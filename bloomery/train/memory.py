@@ -4,6 +4,7 @@ from bloomery.model.config import ModelConfig
 
 _STATE_BYTES = 16  # per fp32 parameter: weight, gradient and the two moments of AdamW
 _FLOAT32_BYTES = 4
+_LONGEST_CHUNK = 64  # of the scan on a CPU; a GPU keeps less
 
 
 def state_bytes(parameters: int) -> int:
@@ -32,6 +33,6 @@ def _floats_per_token(config: ModelConfig, kind: str) -> int:
     if kind == "E":
         routed = config.num_experts_per_tok * (per_inner * config.moe_intermediate_size + 3 * d)
         return 2 * d + routed + per_inner * config.moe_shared_expert_intermediate_size
-    inner, chunk = config.mamba_inner_size, config.chunk_size
-    scan = config.mamba_num_heads * chunk + inner * config.ssm_state_size // chunk
-    return 2 * d + sum(config.mamba_in_proj_sizes) + 2 * config.mamba_conv_size + 3 * inner + scan
+    inner = config.mamba_inner_size
+    states = inner * config.ssm_state_size // min(config.chunk_size, _LONGEST_CHUNK)
+    return 2 * d + sum(config.mamba_in_proj_sizes) + 2 * config.mamba_conv_size + 4 * inner + states

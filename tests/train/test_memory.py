@@ -52,3 +52,10 @@ def test_recomputing_keeps_one_residual_stream_a_layer_and_one_layer():
 
 def test_state_is_four_fp32_numbers_a_parameter():
     assert state_bytes(1000) == 16_000
+
+
+def test_heads_times_chunk_is_not_kept():
+    """Many narrow heads and a long chunk: what is inside chunks would be a third of all."""
+    sizes = {"mamba_num_heads": 16, "mamba_head_dim": 16, "ssm_state_size": 64, "chunk_size": 96}
+    model = config("MMMM").model_copy(update=sizes)
+    assert activation_bytes(model, BATCH, SEQ) == pytest.approx(measured(model), rel=0.15)
