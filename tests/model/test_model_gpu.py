@@ -141,3 +141,18 @@ def test_apply_takes_what_is_installed_and_changes_nothing_on_a_cpu(monkeypatch:
     assert model.layers[0].mixer.scan.kernel is gpu.mamba_ssm_scan
     assert torch.equal(model(ids), expected)
     assert gpu.apply(torch.nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.slow
+def test_the_compiled_form_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward through torch.compile, without the code generator."""
+    compiled = torch.compile(gpu.plain_scan, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(gpu, "_compiled", lambda: compiled)
+    x, dt, B, C = torch.randn(1, 20, 2, 4), torch.rand(1, 20, 2), torch.randn(1, 20, 1, 4), torch.randn(1, 20, 1, 4)
+    given = [t.requires_grad_() for t in (x, dt, -torch.rand(2), B, C, torch.ones(2))]
+    ids = (torch.arange(20) >= 11).int()[None]
+    found, expected = gpu.compiled_scan(*given, ids, None, CHUNK)[0], ChunkedScan(CHUNK)(*given, ids)[0]
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, given, weights) for y in (found, expected)]
+    for ours, true in zip((found, *gradients[0]), (expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4)
