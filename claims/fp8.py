@@ -11,16 +11,18 @@ batch, as usual in training, which sets the size of the gradients that an arm wi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bloomery.claim import Cells, Claim, Expectation, Finding
-from bloomery.data.pack import Batch
+from bloomery.data.pack import Batch, to_batch
+from bloomery.data.read import Invalid, read_stdlib
 from bloomery.evaluate.statistics import two_level_bootstrap
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
@@ -28,14 +30,13 @@ from bloomery.train.fp8 import Fp8, Fp8Config, Telemetry
 from bloomery.train.loop import LoopConfig, TrainState, steps
 from bloomery.train.losses import Loss, next_token, token_logprobs
 from bloomery.train.optim import adamw
-from claims import _corpus as corpus
 
 LENGTH, BATCH, STEPS, VALIDATION_ROWS = 128, 16, 320, 64
 SMOKE_STEPS, SMOKE_ROWS = 8, 8
 EVALUATIONS = 20
 """Validations of a run, evenly spaced; the last two of them lie in the last tenth."""
 MODEL = ModelConfig(
-    pattern="M-*-M-M-*-", vocab_size=corpus.VOCABULARY, hidden_size=64, intermediate_size=256, num_attention_heads=4,
+    pattern="M-*-M-M-*-", vocab_size=256, hidden_size=64, intermediate_size=256, num_attention_heads=4,
     num_key_value_heads=4, head_dim=16, mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=28, chunk_size=32,
     max_position_embeddings=LENGTH,
 )  # fmt: skip
@@ -89,22 +90,46 @@ def measure(arm: str, seed: int, smoke: bool) -> dict[str, Any]:
     model = Decoder(MODEL)
     eight_bit = Fp8(model, ARMS[arm])
     round_to_bf16(model)
-    held_out = _held_out(SMOKE_ROWS if smoke else VALIDATION_ROWS)
+    held_out = _batch(text()[1][: SMOKE_ROWS if smoke else VALIDATION_ROWS])
     with eight_bit.installed():
-        return _train(model, eight_bit, loop, corpus.batches(seed, BATCH, LENGTH), held_out)
+        return _train(model, eight_bit, loop, batches(seed), held_out)
 
 
-def _held_out(rows: int) -> Batch:
-    return corpus.batch_of(corpus.held_out_text(rows, LENGTH))
+@cache
+def text() -> tuple[np.ndarray, np.ndarray]:
+    """Rows (count, LENGTH + 1) of bytes of the Python standard library: to train on, and one from each held-out module.
+
+    Modules come in an order of hashes. A row that also stands in a held-out module is not trained on.
+    """
+    modules = [np.frombuffer(each.text.encode(), np.uint8) for each in read_stdlib("sources", Invalid())]
+    cut = [module[: len(module) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1) for module in modules]
+    cut = [rows for rows in cut if len(rows) > 1]
+    secret = {row.tobytes() for rows in cut[:VALIDATION_ROWS] for row in rows}
+    training = np.concatenate(cut[VALIDATION_ROWS:])
+    kept = [row.tobytes() not in secret for row in training]
+    return training[kept], np.stack([rows[len(rows) // 2] for rows in cut[:VALIDATION_ROWS]])
+
+
+def batches(seed: int) -> Iterator[list[Batch]]:
+    """The training rows in a seed's order, without end."""
+    rows, generator = text()[0], np.random.default_rng(seed)
+    while True:
+        order = generator.permutation(len(rows))
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            yield [_batch(rows[order[start : start + BATCH]])]
+
+
+def _batch(rows: np.ndarray) -> Batch:
+    return to_batch(rows, [np.array([LENGTH + 1], np.int32)] * len(rows))
 
 
 def _train(
-    model: Decoder, eight_bit: Fp8, loop: LoopConfig, batches: Iterator[list[Batch]], held_out: Batch
+    model: Decoder, eight_bit: Fp8, loop: LoopConfig, stream: Iterator[list[Batch]], held_out: Batch
 ) -> dict[str, Any]:
     losses, validations, watched = [], [], []
     every = max(1, loop.max_steps // EVALUATIONS)
     eight_bit.begin(watch=False)
-    for step in steps(TrainState(model, adamw(model, loop)), batches, batch_mean, loop):
+    for step in steps(TrainState(model, adamw(model, loop)), stream, batch_mean, loop):
         losses.append(step.loss)
         if step.step % every == 0:
             watched.append(eight_bit.telemetry())
