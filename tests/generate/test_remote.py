@@ -105,6 +105,18 @@ def test_a_stream_that_is_closed_early_drops_the_rest():
     assert not engine.busy
 
 
+def test_what_is_sent():
+    """The model's own end tokens must not end a text: the engine knows none but `stop_token_ids`."""
+    with scripted(answer()) as (url, asked):
+        wanted = request("hi", 3, top_k=5, min_p=0.1, stop=("x",), stop_token_ids=(7,), seed=4)
+        RemoteEngine(url, "m").generate([wanted])
+    assert asked == [{
+        "model": "m", "prompt": [104, 105], "max_tokens": 3, "temperature": 1.0, "top_p": 1.0, "seed": 4, "stop": ["x"],
+        "logprobs": 0, "echo": False, "top_k": 5, "min_p": 0.1, "stop_token_ids": [7], "ignore_eos": True,
+        "return_token_ids": True, "return_tokens_as_token_ids": True,
+    }]  # fmt: skip
+
+
 def test_the_ledger_knows_the_price():
     with scripted(answer()) as (url, _):
         engine = RemoteEngine(url, "m", prices=(2.0, 10.0))

@@ -3,10 +3,14 @@
 import json
 import socket
 import threading
+from dataclasses import replace
 
 import httpx
 import pytest
-from live_server import LETTERS, Typist, metric, running, typist_service, wait_until
+from live_server import Typist, metric, running, typist_model, typist_service, wait_until
+
+from bloomery.generate.serve.plan import plan_completion
+from bloomery.generate.serve.protocol import CompletionBody, parse
 
 BASE = {"model": "typist", "prompt": "hi"}
 CHAT = {"model": "typist", "messages": [{"role": "user", "content": "hi"}]}
@@ -131,6 +135,16 @@ def test_fields_that_change_nothing_pass(root):
     }
     message = httpx.post(f"{root}/v1/chat/completions", json=chat).json()["choices"][0]["message"]
     assert message == {"role": "assistant", "content": "ab", "refusal": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "ends"),
+    [({}, (7, 9)), ({"stop_token_ids": [9, 5]}, (7, 9, 5)), ({"ignore_eos": True, "stop_token_ids": [5]}, (5,))],
+)
+def test_the_models_own_end_tokens_end_a_text_unless_told_not_to(fields, ends):
+    model = replace(typist_model(), stop_token_ids=(7, 9))
+    [request] = plan_completion(parse(CompletionBody, {**BASE, **fields}), model).requests
+    assert request.params.stop_token_ids == ends
 
 
 def test_text_parts_of_a_message_are_joined(root):
@@ -296,4 +310,3 @@ def test_metrics_count_what_happened(root):
     assert metric(root, "bloomery_time_to_first_token_seconds_count") >= 1
     text = httpx.get(f"{root}/metrics").text
     assert 'bloomery_request_seconds_bucket{le="+Inf"}' in text
-    assert len(LETTERS) == 26
