@@ -17,6 +17,8 @@ from transformers.utils import logging
 from bloomery.model import hf
 from bloomery.model.config import ModelConfig, RopeConfig
 from bloomery.model.decoder import Decoder
+from bloomery.model.state import DecodeState
+from bloomery.model.step import Step
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -154,8 +156,20 @@ def make(family: str, sizes: dict[str, Any], seed: int, dtype: torch.dtype) -> D
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    ids = torch.randint(0, VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
+    ids = tokens()
     return model.lm_head(model(ids)) if isinstance(model, Decoder) else model(ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def decoded(model: Decoder) -> torch.Tensor:
+    """Logits after the last token, which is decoded alone."""
+    state = DecodeState.allocate(model.config, 2, SEQ)
+    model(tokens()[:, :-1], state=state)
+    return Step(model)(tokens()[:, -1:], state)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(3))
 
 
 def require_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -169,6 +183,7 @@ def check_both_ways(folder: Path, decoder: Decoder, dtype: torch.dtype) -> None:
     peer_class = getattr(transformers, hf.FAMILIES[decoder.config.family].architecture)
     peer = peer_class.from_pretrained(ours, dtype=torch.float32).eval()
     require_same(logits(decoder), logits(peer))
+    require_same(decoded(decoder), logits(decoder)[:, -1])
 
     loaded = hf.load(ours)
     assert loaded.config == decoder.config
