@@ -1,8 +1,9 @@
 """Sampling from a small model against `transformers.generate`.
 
 Same weights (the peer loads our export), same prompts, same dtype (float32), one thread, temperature 1 without filters.
-Both models have hidden size 128 and a vocabulary of 4,096: `generate/dense` a Llama of 4 layers (`*-*-`, 1.4 M
-parameters), `generate/hybrid` of 5 (`M-M*-`, 1.6 M); docs/generate.md says how the ratio moves with the shape.
+All models have hidden size 128 and a vocabulary of 4,096: `generate/dense` a Llama of 4 layers (`*-*-`, 1.4 M
+parameters), `generate/hybrid` of 5 (`M-M*-`, 1.6 M), `generate/mamba` a Mamba-2 of 4 (`MMMM`, 1.5 M); docs/generate.md
+says how the ratio moves with the shape. Our kernels are built before the clock starts.
 Both sides generate exactly NEW tokens for every prompt; no token ends a text. The peer runs with whichever of its cache
 implementations is fastest here, and without returning log-probabilities, which ours always computes.
 `python -m bench.generate [--quick]` prints one JSON line per figure: new tokens per second; ratio > 1: we are faster.
@@ -32,6 +33,7 @@ HYBRID = {
 MODELS = {
     "generate/dense": ModelConfig(pattern="*-*-", **LLAMA, **SIZES),
     "generate/hybrid": ModelConfig(pattern="M-M*-", **HYBRID, **SIZES),
+    "generate/mamba": ModelConfig(family="mamba2", pattern="MMMM", **HYBRID, **SIZES),
 }
 BATCH, PROMPT, NEW = 64, 32, 64
 PEER_CACHES = (None, "static")
