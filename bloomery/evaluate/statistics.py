@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
 
 Z95 = 1.959964
 _EXACT_SUBSETS = 5_000
@@ -151,6 +150,8 @@ def _item_means(group: np.ndarray, count: int, generator: np.random.Generator) -
 
 def _tail(n: int) -> float:
     """The share to cut off at each end of a bootstrap over n units for a 95 % interval."""
+    from scipy.special import ndtr, stdtrit  # a third of a second, which only claims need
+
     return 0.025 if n < 2 else float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.025)))
 
 
