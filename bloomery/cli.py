@@ -249,12 +249,23 @@ def inspect(model: Path, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    scaled = {"weight_bytes": (2**30, "GiB"), "cache_bytes": (2**20, "MiB"), "forward_flops_per_token": (1e9, "G")}
     for name, value in found.items():
-        size, unit = scaled.get(name, (1, ""))
-        if unit:
-            value = {f"{key:,}" if isinstance(key, int) else key: f"{n / size:,.2f} {unit}" for key, n in value.items()}
+        if name.endswith("_bytes"):
+            value = {_shown(key): _scaled(n, 1024, ("B", "KiB", "MiB", "GiB", "TiB")) for key, n in value.items()}
+        elif name.endswith("flops_per_token"):
+            value = {_shown(key): _scaled(n, 1000, ("", "K", "M", "G", "T", "P")) for key, n in value.items()}
         typer.echo(_line(name.removesuffix("_bytes"), value))
+
+
+def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
+    """The number in the largest unit in which it is at least 1."""
+    for unit in units[:-1]:
+        if number < step:
+            break
+        number /= step
+    else:
+        unit = units[-1]
+    return f"{number:,.4g} {unit}".rstrip()
 
 
 sandbox = typer.Typer(no_args_is_help=True, help="The place where untrusted programs run, and nowhere else.")

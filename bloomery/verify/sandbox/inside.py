@@ -33,15 +33,8 @@ WARM = (
 """Imported once for all programs. Not `threading` or `random`: what they do after a fork costs more than they."""
 UID = int(sys.argv[1])
 WORK = "/tmp"
-COMPILE_SECONDS, STACK_BYTES, MAX_THREADS, MAX_FILES, MAX_OPEN, MAX_WAITS, ERROR_CHARS = (
-    10,
-    64 << 20,
-    32,
-    1000,
-    64,
-    6,
-    2000,
-)
+COMPILE_SECONDS, STACK_BYTES, ERROR_CHARS = 10, 64 << 20, 2000
+MAX_THREADS, MAX_FILES, MAX_OPEN, MAX_WAITS = 32, 1000, 64, 6
 CASE_FAILED = 97  # the case could not be locked up: never the program's fault
 HUNG_UP = 98
 _SIZES = struct.Struct("=II")
@@ -73,6 +66,7 @@ def _warm_up() -> None:
     program, _ = _compile(
         b"def f(x):\n    return [x for x in range(3) if x] or 1 / x\ntry:\n    f(0)\nexcept OSError:\n    1"
     )
+    assert program
     exec(program, {})  # noqa: S102 - our own
     json.loads(json.dumps(plain({"a": [1, 2.5, None, True]})))
     gc.collect()
