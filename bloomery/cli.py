@@ -1,6 +1,7 @@
 """The `bloomery` command: verbs. The only place that prints an error and exits."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -259,13 +260,8 @@ def inspect(model: Path, as_json: AsJson = False) -> None:
 
 def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
     """The number in the largest unit in which it is at least 1."""
-    for unit in units[:-1]:
-        if number < step:
-            break
-        number /= step
-    else:
-        unit = units[-1]
-    return f"{number:,.4g} {unit}".rstrip()
+    power = min(len(units) - 1, int(math.log(max(number, 1), step)))
+    return f"{number / step**power:,.4g} {units[power]}".rstrip()
 
 
 sandbox = typer.Typer(no_args_is_help=True, help="The place where untrusted programs run, and nowhere else.")
