@@ -6,12 +6,14 @@ from dataclasses import fields
 import pytest
 import torch
 from test_model_matched import E1, H8B
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bloomery.model import roofline
+from bloomery.model import native, roofline
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
 from bloomery.model.matched import matched_transformer
 from bloomery.model.state import DecodeState
+from bloomery.model.step import Step
 
 E1_PEER = matched_transformer(E1, blocks=16)
 T8B = matched_transformer(H8B)
@@ -57,6 +59,42 @@ def test_bytes_per_token_are_those_of_the_buffers():
     ]
     assert roofline.state_bytes(decoder.config) == buffers[0]
     assert roofline.key_value_bytes(decoder.config) == buffers[1] - buffers[0]
+
+
+class LargestNew(TorchDispatchMode):
+    """The bytes of the largest tensor that is made, views of known memory aside."""
+
+    def __init__(self, known: DecodeState):
+        super().__init__()
+        self.bytes = 0
+        self._known = {
+            getattr(cache, field.name).untyped_storage().data_ptr()
+            for cache in known.layers
+            if cache is not None
+            for field in fields(cache)
+        }
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in self._known:
+                self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_step_copies_no_keys_and_repeats_none_for_the_query_heads(kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(native, "serves", lambda *tensors: False)
+    decoder = Decoder(E1_PEER.model_copy(update={"vocab_size": 16, "pattern": "*-", "intermediate_size": 8}))
+    state = DecodeState.allocate(decoder.config, 2, 4200)
+    state.lengths.fill_(4096)
+    step = Step(decoder)
+    with LargestNew(state) as seen:
+        step(torch.zeros(2, 1, dtype=torch.int64), state)
+    scores = 2 * 8 * 4097 * 4
+    assert 0 < seen.bytes <= scores  # a copy of the keys would be 16 times as large
+    assert scores * 16 < state.layers[0].keys.nbytes * 1.1
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])
