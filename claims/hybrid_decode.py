@@ -35,7 +35,11 @@ EXPECTED = (
         Expectation(f"hybrid decodes faster, {batch} × {tokens:,} cached tokens", "above", 3.0, "2.2× with the prompt")
         for batch, tokens in LONG_PLACES
     ),
-    Expectation("no such gain at 1 × 512", "below", 1.1, "–", "Control: the weights are nearly all there is to read."),
+    Expectation(
+        "no such gain at 1 × 512", "below", 1.5, "–",
+        "Control: the weights are nearly all there is to read. Bytes alone would give 1.05; the Transformer has 32 layers "
+        "to call, the hybrid 26, and on development seeds the ratio was 0.9 to 1.25, by the kernels in use.",
+    ),
     Expectation("Transformer against its like, log ratio", "within", 0.05, "–", "Control: all places and turns."),
     Expectation("cache bytes beyond the formula", "within", 0.0, "–", "Both models, after prompt and new tokens."),
     Expectation("more tokens/s from 512 MiB of cache, 16,384 each", "above", 3.0, "–"),

@@ -35,7 +35,7 @@ def test_all_shown():
     ("sizes", "wrong"),
     [
         ({"long": 2.5}, [0, 1, 2]),
-        ({"long": 4.0, "short": 1.5}, [3]),
+        ({"long": 4.0, "short": 2.0}, [3]),
         ({"long": 4.0, "control": 1.2}, [4]),
         ({"long": 4.0, "extra_bytes": 1}, [5]),
     ],
