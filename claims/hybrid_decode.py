@@ -37,7 +37,7 @@ EXPECTED = (
     ),
     Expectation(
         "no such gain at 1 × 512", "below", 1.5, "–",
-        "Control: the weights are nearly all there is to read. Bytes alone would give 1.05; the Transformer has 32 layers "
+        "Control: weights are nearly all there is to read. Bytes alone would give 1.05; the Transformer has 32 layers "
         "to call, the hybrid 26, and on development seeds the ratio was 0.9 to 1.25, by the kernels in use.",
     ),
     Expectation("Transformer against its like, log ratio", "within", 0.05, "–", "Control: all places and turns."),
