@@ -6,7 +6,7 @@ from bloomery.data.chat import encode_prompt, stop_token_ids
 from bloomery.errors import ConfigError
 from bloomery.generate import Engine, Request, SamplingParams
 from bloomery.model import hf
-from bloomery.train.model_folder import open_model
+from bloomery.train.model_folder import open_model, placed
 
 
 class Conversation:
@@ -15,7 +15,7 @@ class Conversation:
     def __init__(self, path: Path, *, max_new_tokens: int, temperature: float, seed: int):
         folder = open_model(path)
         self.tokenizer, self.window = folder.tokenizer, folder.config.max_position_embeddings
-        self.engine = Engine(hf.load(folder.path), max_batch=1, max_tokens=self.window)
+        self.engine = Engine(placed(hf.load(folder.path)), max_batch=1, max_tokens=self.window)
         self.stop = tuple(stop_token_ids(self.tokenizer))
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.messages: list[dict[str, str]] = []

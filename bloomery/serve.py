@@ -9,7 +9,7 @@ from bloomery.data.tokenizer import Tokenizer
 from bloomery.generate import Engine
 from bloomery.generate.serve import ServedModel, ServeLimits, Service
 from bloomery.model import hf
-from bloomery.train.model_folder import ModelFolder, open_model
+from bloomery.train.model_folder import ModelFolder, open_model, placed
 
 
 def open_service(
@@ -24,7 +24,7 @@ def open_service(
     folder = open_model(path)
     window = min(max_tokens or folder.config.max_position_embeddings, folder.config.max_position_embeddings)
     served = describe(folder, name or Path(path).resolve().name, window)
-    engine = Engine(hf.load(folder.path), max_batch=max_batch, max_tokens=window, decode=served.decode)
+    engine = Engine(placed(hf.load(folder.path)), max_batch=max_batch, max_tokens=window, decode=served.decode)
     return Service(engine, served, limits or ServeLimits(), api_key)
 
 

@@ -20,8 +20,7 @@ from bloomery.errors import ArtifactError, BloomeryError
 from bloomery.evaluate.scoring import Answer, answer_all, choose, metrics, report_rows
 from bloomery.generate import Engine, SamplingParams
 from bloomery.model import hf
-from bloomery.train.model_folder import ModelFolder, open_model
-from bloomery.train.run import default_device
+from bloomery.train.model_folder import ModelFolder, open_model, placed
 from bloomery.verify import Pool, self_test
 
 SCHEMA = pa.schema([
@@ -100,7 +99,7 @@ def _problems(config: EvaluateConfig) -> tuple[ModelFolder, list[Prompt], Drops]
 def _answers(config: EvaluateConfig, start: ModelFolder, prompts: Sequence[Prompt]) -> list[list[Answer]]:
     window = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
     rows = min(config.max_batch, len(prompts) * config.num_samples)
-    engine = Engine(hf.load(start.path, device=default_device()), rows, window, decode=start.tokenizer.decode)
+    engine = Engine(placed(hf.load(start.path)), rows, window, decode=start.tokenizer.decode)
     with Pool(config.workers, require_think=config.require_think) as pool:
         return answer_all(engine, pool, prompts, config.num_samples, config.sampling(start.tokenizer), config.seed)
 

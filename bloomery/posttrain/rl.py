@@ -29,9 +29,9 @@ from bloomery.posttrain.policy import PolicyGradient, add_reference_logprobs
 from bloomery.posttrain.rollouts import Rollouts, RolloutStore
 from bloomery.posttrain.sampler import Sampler, winnable
 from bloomery.train.loop import LoopConfig, TrainState
-from bloomery.train.model_folder import ModelFolder, open_model
+from bloomery.train.model_folder import ModelFolder, open_model, placed
 from bloomery.train.optim import adamw
-from bloomery.train.run import default_device, resumable
+from bloomery.train.run import resumable
 from bloomery.verify import Pool, self_test
 
 _ENDS = 5
@@ -98,7 +98,7 @@ def run(config: RLConfig, out: Path) -> Manifest:
         start, drops = open_model(config.model), Drops()
         prompts = _load_prompts(config, start, drops)
         self_test(sorted({prompt.verifier for prompt in prompts}))
-        model = hf.load(start.path, dtype=torch.float32, device=default_device())
+        model = placed(hf.load(start.path, dtype=torch.float32))
         with Pool(config.workers, require_think=config.require_think) as pool:
             prompts = winnable(prompts, pool, config.require_think, drops)
             _train(config, output, start, _sampler(config, start, model, prompts, pool))
@@ -132,7 +132,7 @@ def _train(config: RLConfig, output: Output, start: ModelFolder, sampler: Sample
     model, loop = sampler.engine.model, config.loop
     state = TrainState(model, adamw(model, loop))
     objective = PolicyGradient(config.temperature, config.max_logprob_gap, kl=config.kl)
-    reference = hf.load(start.path, torch.float32, default_device()) if config.kl else None
+    reference = placed(hf.load(start.path, torch.float32)) if config.kl else None
     store = RolloutStore(output.data)
 
     def batches_from(_: int) -> Iterator[list[Batch]]:

@@ -26,9 +26,9 @@ from bloomery.errors import ArtifactError, ConfigError
 from bloomery.model import hf
 from bloomery.train.loop import LoopConfig, TrainState
 from bloomery.train.losses import next_token
-from bloomery.train.model_folder import ModelFolder, open_model
+from bloomery.train.model_folder import ModelFolder, default_device, open_model, placed
 from bloomery.train.optim import adamw
-from bloomery.train.run import default_device, resumable, what_runs_in_fp8
+from bloomery.train.run import resumable, what_runs_in_fp8
 from bloomery.train.validation import validation_losses
 
 _SHOWN_TOKENS = 200
@@ -62,7 +62,7 @@ def run(config: SFTConfig, out: Path) -> Manifest:
             return artifact.read_manifest(output.path)  # type: ignore[return-value]
         start = open_model(config.model)
         data = _load_data(config, start)
-        model = hf.load(start.path, dtype=torch.float32, device=default_device())
+        model = placed(hf.load(start.path, dtype=torch.float32))
         state = TrainState(model, adamw(model, config.loop))
         _train(config, output, state, data)
         hf.save(model, output.model)

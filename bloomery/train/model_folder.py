@@ -1,13 +1,17 @@
-"""A model folder as stages that go on from one see it: tokenizer and sizes, checked against each other."""
+"""A model folder as stages that go on from one see it: tokenizer and sizes, checked against each other; and where a
+model goes to work."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bloomery import artifact
 from bloomery.data.tokenizer import Tokenizer, load_tokenizer
 from bloomery.errors import ConfigError
-from bloomery.model import hf
+from bloomery.model import gpu, hf
 from bloomery.model.config import ModelConfig
+from bloomery.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,19 @@ class ModelFolder:
                 f"{self.config.max_position_embeddings}; choose less"
             )
         return left
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def placed(model: Decoder) -> Decoder:
+    """The model on `default_device()`, with the kernels that are installed there."""
+    device = default_device()
+    if device.type == "cuda":
+        gpu.apply(model)
+    return model.to(device)
 
 
 def open_model(path: Path) -> ModelFolder:

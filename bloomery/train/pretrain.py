@@ -23,8 +23,9 @@ from bloomery.progress import say
 from bloomery.train.loop import LoopConfig, TrainState
 from bloomery.train.losses import next_token
 from bloomery.train.memory import activation_bytes, state_bytes
+from bloomery.train.model_folder import default_device, placed
 from bloomery.train.optim import adamw
-from bloomery.train.run import default_device, resumable, what_runs_in_fp8
+from bloomery.train.run import resumable, what_runs_in_fp8
 from bloomery.train.validation import validation_losses
 
 
@@ -176,7 +177,7 @@ def _initial_state(config: PretrainConfig, model_config: ModelConfig) -> TrainSt
         model = Decoder(model_config)
     else:
         model = hf.load(artifact.resolve(config.init, "model"), torch.float32)
-    model = model.to(default_device())
+    model = placed(model)
     return TrainState(model, adamw(model, config.loop))
 
 

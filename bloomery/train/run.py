@@ -20,11 +20,6 @@ from bloomery.train.loop import LoopConfig, Objective, Step, TrainState, steps
 from bloomery.train.trackers import Trackers, require
 
 
-def default_device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def what_runs_in_fp8(model: nn.Module | ModelConfig, config: LoopConfig, device: torch.device) -> dict[str, str]:
     """`fp8` → how many linear layers, in which formats, real or emulated; empty under another precision.
 
