@@ -32,7 +32,7 @@ def curves(
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
     axes[0].legend(frameon=False)
-    _save(figure, file)
+    save(figure, file)
 
 
 def _colors(count: int) -> list[str]:
@@ -46,8 +46,8 @@ def _draw(axis: Any, arm: str, color: str, members: Sequence[Curve]) -> None:
     axis.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.15, linewidth=0)
 
 
-def _save(figure: Any, file: Path) -> None:
-    """The same numbers give the same bytes: no date, no random ids."""
+def save(figure: Any, file: Path) -> None:
+    """Write an SVG; the same numbers give the same bytes: no date, no random ids."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": file.name, "svg.fonttype": "path"}):
