@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from bloomery.generate import Engine, Request, SamplingParams
+from bloomery.generate import engine as engine_module
 from bloomery.model import gpu
+from bloomery.model.captured import CapturedStep, prepared
 from bloomery.model.config import ModelConfig
 from bloomery.model.conv import causal_conv
 from bloomery.model.decoder import Decoder
 from bloomery.model.scan import ChunkedScan
+from bloomery.model.state import DecodeState
+from bloomery.model.step import Step
 from bloomery.train.fp8 import Fp8Config
 from bloomery.train.fp8_linear import Fp8Product, multiplies
 from bloomery.train.loop import LoopConfig, TrainState, steps
@@ -143,3 +147,54 @@ def test_logits_with_kernels_equal_those_without(model, ids):
         assert gpu.apply(model)["scan"] in SCANS
         found = model.lm_head(model(ids.cuda()))
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
+class TestCapture:
+    """Decoding steps as CUDA graphs; the static form and what is captured when are tested on the CPU."""
+
+    @staticmethod
+    def requests(ids):
+        return [
+            Request(row[: 5 + 9 * place].tolist(), SamplingParams(max_new_tokens=6 + 50 * place, seed=place))
+            for place, row in enumerate(ids)
+        ]
+
+    @staticmethod
+    def write(model, requests, step, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module, "prepared", lambda *_: step)
+            return [one.token_ids for one in Engine(model, 3, 300, prefix_cache_bytes=0).generate(requests)]
+
+    def test_the_engine_writes_the_same_as_without_graphs(self, model, ids, monkeypatch):
+        model = model.cuda().eval()
+        captured = prepared(model)
+        assert isinstance(captured, CapturedStep)
+        expected = self.write(model, self.requests(ids), Step(model), monkeypatch)
+        for _ in range(2):  # rows come and go, the memory grows, and comes back for the second call
+            assert self.write(model, self.requests(ids), captured, monkeypatch) == expected
+        assert any(shape.graph for shape in captured._shapes.values())
+        assert not captured._refused
+
+    def test_logits_equal_the_plain_step(self, model, ids):
+        model = model.cuda().eval()
+        ids, held = ids.cuda(), torch.tensor([5, 20, 13], device="cuda")
+        state, expected = (DecodeState.allocate(HYBRID, rows, 128, "cuda") for rows in (5, 3))
+        for each in (state.head(3), expected):
+            model(ids[:3, :20], state=each, lengths=held.clone())
+        step, plain = CapturedStep(model), Step(model)
+        for _ in range(6):
+            following = ids[:3].gather(1, held[:, None])
+            torch.testing.assert_close(step(following, state.head(3)), plain(following, expected), atol=1e-3, rtol=1e-3)
+            held = held + 1
+        assert state.lengths.tolist() == [*held.tolist(), 0, 0]
+
+    def test_new_weights_after_sync(self, model, ids):
+        engine = Engine(model.cuda().eval(), 2, 100)
+        request = Request(ids[0, :9].tolist(), SamplingParams(max_new_tokens=20, temperature=0.0))
+        engine.generate([request])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(-1.5)
+        engine.sync()
+        assert engine.generate([request])[0].token_ids == Engine(model, 2, 100).generate([request])[0].token_ids

@@ -14,6 +14,7 @@ from bloomery.generate.queue import Queue
 from bloomery.generate.request import Completion, Prompt, Request, Update, Waiting, problem_of
 from bloomery.generate.stopping import Decode
 from bloomery.generate.weights import copy_weights, fingerprint
+from bloomery.model.captured import prepared
 from bloomery.model.decoder import Decoder
 from bloomery.model.state import DecodeState
 from bloomery.model.step import Step
@@ -162,8 +163,9 @@ class Engine:
     def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """A loop over the open use, for requests whose updates come to an inbox of their own."""
         if not self.busy:  # weights may have changed without a word
-            self._step = None
             self._prefixes.drop_if_stale()
+            if self._step is not None and self._prepared_from != fingerprint(self.model):
+                self._step = None
         inbox: deque[Update] = deque()
         indices: dict[int, int] = {}
         try:
@@ -179,8 +181,6 @@ class Engine:
                         yield indices.pop(update.ticket), update.completion
         finally:
             self._drop(indices)
-            if not self.busy:
-                self._step = None  # a copy of the weights, which training has better use for
 
     def _accept(self, request: Request, label: str) -> int:
         if self._was_training is None:
@@ -204,7 +204,8 @@ class Engine:
         self._just_read = False
         self._counts.generated_tokens += self.running
         if self._step is None:
-            self._step = Step(self.model, self._deterministic)
+            self._step = prepared(self.model, self._deterministic)
+            self._prepared_from = fingerprint(self.model)
         return self._batch.decode(self._step)
 
     def _read(self, room: int) -> list[Update]:
@@ -242,6 +243,8 @@ class Engine:
         if not self.busy and self._was_training is not None:
             self._batch.free()
             self.model.train(self._was_training)
+            if self._was_training:
+                self._step = None  # a copy of the weights, which training has better use for
             self._was_training = None
 
     def _remember(self, tokens: Prompt, state: DecodeState, row: int) -> None:

@@ -47,6 +47,14 @@ class Context:
             context.aligned = int(low) == context.held
         return context
 
+    @classmethod
+    def static(cls, state: DecodeState, sliding_window: int | None) -> "Context":
+        """Of one token a row, with the shapes of any call on this state: keys are all there is room for, and what a
+        row sees of them is left to the mask. No value is read. A full row writes over its last token."""
+        last, device = state.max_tokens - 1, state.lengths.device
+        starts = state.lengths.clamp(max=last)
+        return cls(state.batch, 1, device, None, None, sliding_window, starts, held=last, aligned=False)
+
     @property
     def total(self) -> int:
         """Keys an attention layer looks at: the longest row's held tokens plus the new ones."""

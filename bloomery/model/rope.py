@@ -61,11 +61,12 @@ class Rope:
 
     def __call__(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """cos and sin for `positions` (batch, seq), all below `longest`: each (batch, seq, 1, head_dim / 2) float32."""
-        cos_sin = self._upto(longest, positions.device)[positions]
+        cos_sin = self.table(longest, positions.device)[positions]
         cos, sin = cos_sin.unsqueeze(-2).chunk(2, -1)
         return cos, sin
 
-    def _upto(self, longest: int, device: torch.device) -> Tensor:
+    def table(self, longest: int, device: torch.device) -> Tensor:
+        """cos ‖ sin of at least the first `longest` positions, (positions, head_dim) float32."""
         if self._table is None or len(self._table) < longest or self._table.device != device:
             rows = torch.arange(1 << max(longest - 1, 1).bit_length(), dtype=torch.float32)
             angles = torch.outer(rows, inverse_frequencies(self.config, self.head_dim))

@@ -68,12 +68,14 @@ class DecodeState:
     """Memory for `batch` sequences, each at its own length and of at most `max_tokens`; `resize` changes both.
 
     `lengths` (batch,) int64 counts the tokens held by each row. A row whose length is 0 is free: what its buffers
-    hold is ignored by attention; `clear` (or `put`) makes them usable again for the Mamba-2 layers.
+    hold is ignored by attention; `clear` (or `put`) makes them usable again for the Mamba-2 layers. `whole` is the
+    state of which this one is the head.
     """
 
     layers: list[Cache]
     lengths: Tensor
     max_tokens: int
+    whole: "DecodeState | None" = None
 
     @classmethod
     def allocate(
@@ -98,10 +100,14 @@ class DecodeState:
         return len(self.lengths)
 
     @property
+    def buffers(self) -> list[Tensor]:
+        """All that the layers keep."""
+        return [getattr(cache, field.name) for cache in self.layers if cache for field in fields(cache)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the buffers: `config.cache_bytes(batch, max_tokens, dtype)`."""
-        buffers = (getattr(cache, field.name) for cache in self.layers if cache for field in fields(cache))
-        return sum(buffer.nbytes for buffer in buffers)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def resize(self, rows: int, max_tokens: int) -> None:
         """Room for `rows` sequences of `max_tokens`. Rows beyond are dropped, new ones are free.
@@ -119,7 +125,7 @@ class DecodeState:
     def head(self, rows: int) -> "DecodeState":
         """The first `rows` rows, sharing memory: decode fewer sequences without copying."""
         return DecodeState(
-            [_map(c, lambda buffer: buffer[:rows]) for c in self.layers], self.lengths[:rows], self.max_tokens
+            [_map(c, lambda buffer: buffer[:rows]) for c in self.layers], self.lengths[:rows], self.max_tokens, self
         )
 
     def only(self, row: int) -> "DecodeState":

@@ -57,6 +57,15 @@ class Step:
         return self._logits(tokens, state)
 
     @property
+    def obstacle(self) -> str | None:
+        """What is called as it is; `None` when every part of a step is flat."""
+        if not self._flat:
+            return "something outside the layers is replaced or hooked"
+        layers = zip(self._model.config.pattern, self._layers, strict=True)
+        whole = next((f"layer {place} ({kind})" for place, (kind, step) in enumerate(layers) if _is_whole(step)), None)
+        return whole and f"{whole} is called as it is"
+
+    @property
     def _rows_are_apart(self) -> bool:
         """Whether a row's logits cannot depend on the other rows."""
         return self._flat and native.serves(self._model.embeddings.weight) and not any(map(_is_whole, self._layers))
@@ -64,14 +73,18 @@ class Step:
     def _logits(self, tokens: Tensor, state: DecodeState) -> Tensor:
         if not self._flat:
             return self._model.lm_head(self._model(tokens, state=state)[:, 0])
+        context = Context.build(tokens, None, state, None, self._model.config.sliding_window)
+        logits = self._run(tokens, state, context)
+        state.lengths += 1
+        return logits
+
+    def _run(self, tokens: Tensor, state: DecodeState, context: Context) -> Tensor:
         model = self._model
-        context = Context.build(tokens, None, state, None, model.config.sliding_window)
         if model.rope is not None:
             context.rope = model.rope(context.positions, context.total)
         hidden = model.embeddings.weight.index_select(0, tokens[:, 0])
         for step, cache in zip(self._layers, state.layers, strict=True):
             hidden = step(hidden, context, cache)
-        state.lengths += 1
         return self._head(hidden)
 
 

@@ -6,9 +6,11 @@ from torch import nn
 
 from bloomery.errors import ConfigError, DivergenceError
 from bloomery.generate import Completion, Engine, Request, SamplingParams
+from bloomery.generate import engine as engine_module
 from bloomery.model.config import ModelConfig, RopeConfig
 from bloomery.model.decoder import Decoder
 from bloomery.model.state import DecodeState
+from bloomery.model.step import Step
 
 VOCAB = 50
 END = 49
@@ -236,6 +238,20 @@ def test_changed_weights_are_used_even_without_sync(change):
     after = engine.generate(requests)[0].token_ids
     assert after != before
     assert after == Engine(decoder, 2, 40).generate(requests)[0].token_ids
+
+
+@pytest.mark.parametrize(("training", "made"), [(False, [1, 1, 2, 3]), (True, [1, 2, 3, 4])])
+def test_prepared_weights_are_kept_between_calls_unless_they_change_or_training_goes_on(training, made, monkeypatch):
+    torch.manual_seed(0)
+    decoder, steps = Decoder(hybrid()).train(training), []
+    monkeypatch.setattr(engine_module, "prepared", lambda *given: steps.append(1) or Step(*given))
+    engine, counts = Engine(decoder, 2, 40), []
+    for change in (None, None, engine.sync, lambda: decoder.norm.weight.data.mul_(2)):
+        if change:
+            change()
+        engine.generate([Request([1, 2, 3], greedy(4))])
+        counts.append(len(steps))
+    assert counts == made
 
 
 def test_weights_that_are_not_numbers_stop_the_run():
