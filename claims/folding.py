@@ -1,7 +1,7 @@
 """A model of nine constants predicts the speed of published mappings, and which of them folding makes faster.
 
-arXiv 2504.14960 (MoE Parallel Folding) prints the MFU of four models on 64 to 1,024 H100s, with experts laid out like the
-dense layers and apart from them. The constants of `bloomery plan` are fitted to these tables by least squares; what
+arXiv 2504.14960 (MoE Parallel Folding) prints the MFU of four models on 64 to 1,024 H100s, with experts laid out like
+the dense layers and apart from them. The constants of `bloomery plan` are fitted to these tables by least squares; what
 counts is how far they miss a model that the fit has not seen.
 """
 
@@ -197,14 +197,16 @@ def constant(rows: Sequence[Run]) -> Predict:
 
 
 def measure(arm: str, seed: int, smoke: bool) -> dict[str, JSONValue]:
-    """Predictions of all rows when they are seen, and of each model's when they are not. A smoke run fits every third."""
+    """Predictions of all rows when they are seen, and of each model's when they are not; smoke: of every third row."""
     rows = tuple(run for run in runs() if run.method in ("MCore", "Folding"))[:: 3 if smoke else 1]
     seen = [fitted(arm, seed, rows, run.model)(run) for run in rows]
     others = {model: tuple(run for run in rows if run.model != model) for model in SHAPES}
     held_out = [fitted(arm, seed, others[run.model])(run) for run in rows]
     result = {
-        "rows": [[run.table, run.model, run.method, run.gpus, run.mfu] for run in rows], "seen": seen, "unseen": held_out,
+        "rows": [[run.table, run.model, run.method, run.gpus, run.mfu] for run in rows],
+        "seen": seen, "unseen": held_out,
         "error in sample, %": _error(seen, rows), "error of unseen models, %": _error(held_out, rows),
+        "nine in ten unseen rows are missed by less than, %": 100 * math.expm1(_tenth(held_out, rows)),
         "rank correlation, unseen models": float(spearmanr(held_out, [run.mfu for run in rows]).statistic),
     }  # fmt: skip
     return result | (_more(rows, seed, arm == PLANNER) if arm in (PLANNER, FREE) else {})
@@ -220,6 +222,12 @@ def fitted(arm: str, seed: int, rows: tuple[Run, ...], model: str | None = None)
 def _error(predicted: Sequence[float], rows: Sequence[Run]) -> float:
     """Mean absolute error in % of what was measured."""
     return 100 * float(np.mean([abs(p / (run.mfu or math.nan) - 1) for p, run in zip(predicted, rows, strict=True)]))
+
+
+def _tenth(predicted: Sequence[float], rows: Sequence[Run]) -> float:
+    """Logarithm of the factor that nine in ten predictions are within."""
+    missed = [abs(math.log(p / (run.mfu or math.nan))) for p, run in zip(predicted, rows, strict=True)]
+    return float(np.quantile(missed, 0.9))
 
 
 def _more(rows: tuple[Run, ...], seed: int, guessed: bool) -> dict[str, JSONValue]:
@@ -265,7 +273,7 @@ def _gigabytes(run: Run, known: Calibration) -> float:
 
 
 def _unsharded_context(known: Calibration) -> dict[str, float]:
-    """GB of table 3's FSDP rows if weights were sharded over the data axis and not over context: a guess at the cause."""
+    """GB of table 3's FSDP rows if weights were sharded over data and not over context: a guess at the cause."""
     found = {}
     for run in runs():
         if run.table == 3 and run.method == "FSDP":
@@ -277,10 +285,10 @@ def _unsharded_context(known: Calibration) -> dict[str, float]:
 
 EXPECTED = (
     Expectation("error in sample, %", "below", 6.0, "–", "Mean absolute error of 48 rows, all of them fitted."),
-    Expectation("error of models not fitted, %", "below", 13.0, "–", "Each of four models from the rows of the others."),
+    Expectation("error of models not fitted, %", "below", 13.0, "–", "Each model from the rows of the others."),
     Expectation("rank correlation, models not fitted", "above", 0.85, "–", "Spearman's, over the same 48 predictions."),
     Expectation("pairs in which folding is rightly faster", "above", 17.5 / 20, "20 of 20 faster with folding",
-                "Share of the 20 pairs of tables 3 and 4 in which the sign of the prediction is right, model not fitted."),
+                "Share of the 20 pairs of tables 3 and 4 whose sign is predicted, model not fitted."),
     Expectation("error less that of the micro-batch law, %", "below", 0.0, "–", "Paired by row, models not fitted."),
     Expectation("error less that of the mean MFU, %", "below", 0.0, "–", "Paired by row, models not fitted."),
     Expectation("measured rows predicted above 80 GB", "within", 0.0, "0: they ran"),
@@ -301,7 +309,7 @@ def judge(cells: Cells) -> list[Finding]:
     share = float(np.mean([gigabytes > H100.memory / 1e9 for gigabytes in lost.values()]))
     measured = [
         _over_rows(_errors(ours, "seen"), rows), _over_rows(errors[PLANNER], rows), (_rank(rows, unseen), ""),
-        (two_level_bootstrap([right]), f"{sum(right)} of {len(right)}. Folding was measured faster in every pair."),
+        (two_level_bootstrap([right]), f"{sum(right):.0f} of {len(right)}. Folding was measured faster in every pair."),
         _over_rows(errors[PLANNER] - errors[LAW], rows), _over_rows(errors[PLANNER] - errors[CONSTANT], rows),
         (Difference(over, over, over, 1), f"Most: {ours['most memory of a measured row, GB']:.1f} GB."),
         (Difference(share, share, share, len(lost)), _memory_note(ours)),
@@ -391,11 +399,12 @@ CLAIM = Claim(
     judge=judge,
     figure=draw,
     limits="""
-Nothing was run on a GPU: the printed tables are the measurement, and the seeds are only where a search for the constants
-starts. Intervals say how much the figures hang on single rows of these tables; with four models, all in one cluster, no
-interval says much of a fifth, and those that draw models are wide. The guesses that hold the constants were written down
-after an unheld fit had been seen to miss unseen models by 17 %; that fit is the arm without guesses. How often layers were
-recomputed, how the pipeline was interleaved and what was overlapped is not printed and is absorbed by the constants; a
+Nothing was run on a GPU: the printed tables are the measurement, and the seeds are only where a search for the
+constants starts. Intervals say how much the figures hang on single rows of these tables; with four models, all in one
+cluster, no interval says much of a fifth, and those that draw models are wide. The guesses that hold the constants were
+written down after a fit without them had been seen to miss unseen models by 17 %, and a fit with wider ones too; the
+first is the arm without guesses. How often layers were recomputed, how the pipeline was interleaved and what was
+overlapped is not printed and is absorbed by the constants, the first of which ends at its bound of 10 pieces a stage. A
 fixed expert capacity hides imbalance. Operations of causal attention count as half the square.
 """,
 )

@@ -75,18 +75,23 @@ def _finding_row(finding: Finding) -> str:
 
 
 def _means(claim: Claim, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
-    """A row for each number a cell reports, a column for each arm."""
+    """A row for each number a cell of the first arm reports, a column for each arm; – where it has no such number."""
     first = next(iter(results.values()))
     names = [name for name, value in first.items() if isinstance(value, int | float) and not isinstance(value, bool)]
     head = ["| |" + "".join(f" {arm} |" for arm in claim.arms), "|---" * (len(claim.arms) + 1) + "|"]
     rows = []
     for name in names:
-        columns = [[result[name] for (arm, _), result in results.items() if arm == wanted] for wanted in claim.arms]
+        columns = [
+            [result[name] for (arm, _), result in results.items() if arm == wanted and name in result]
+            for wanted in claim.arms
+        ]
         rows.append(f"| {name} |" + "".join(f" {_spread(values)} |" for values in columns))
     return "\n".join(head + rows)
 
 
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
     if all(isinstance(value, int) for value in values) and len(set(values)) == 1:
         return f"{values[0]:,}"
     deviation = stdev(values) if len(values) > 1 else 0.0
