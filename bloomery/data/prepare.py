@@ -11,13 +11,18 @@ from bloomery import artifact
 from bloomery.artifact import Manifest, Output
 from bloomery.config import Config, Field
 from bloomery.data.dataset import check_source_name, write_rows
+from bloomery.data.decontaminate import DecontaminateConfig, Decontaminator, as_rows, load
 from bloomery.data.dedup import ExactDedup
 from bloomery.data.document import Document, Drops
 from bloomery.data.filters import FilterConfig, filter_documents, sample_documents
+from bloomery.data.math_filters import MathFilterConfig, filter_math
 from bloomery.data.read import Invalid
 from bloomery.data.sources import AnySource, Source
 from bloomery.errors import ArtifactError, ConfigError
 from bloomery.progress import Bar, say
+
+CONTAMINATION = "contamination.json"
+"""File in the folder: which documents hold which benchmark item."""
 
 
 class PrepareConfig(Config):
@@ -30,7 +35,13 @@ class PrepareConfig(Config):
     filters: FilterConfig = Field(
         default=FilterConfig(), description="filters of every source that names none of its own"
     )
+    math: MathFilterConfig | None = Field(
+        default=None, description="filters for math problems with a short, checkable answer (prompts)"
+    )
     deduplicate: bool = Field(default=True, description="drop texts seen before, in this source or an earlier one")
+    decontaminate: DecontaminateConfig | None = Field(
+        default=None, description="drop what shares a run of words with an item of these benchmarks"
+    )
 
 
 def check(config: PrepareConfig) -> dict[str, Any]:
@@ -43,6 +54,8 @@ def check(config: PrepareConfig) -> dict[str, Any]:
                 f"sources: {source.name} is given twice; its files would overwrite each other; rename one"
             )
         seen.add(source.name)
+    if config.math is not None and config.kind != "prompts":
+        raise ConfigError(f"math: these filters read a question and its answer; kind {config.kind} has none; remove it")
     return {"kind": config.kind, "sources": sorted(seen)}
 
 
@@ -53,25 +66,34 @@ def run(config: PrepareConfig, out: Path) -> Manifest:
         if output.done:
             return artifact.read_manifest(output.path)  # type: ignore[return-value]
         dedup = ExactDedup() if config.deduplicate else None
+        benchmarks = None if config.decontaminate is None else load(config.decontaminate)
         with Bar(f"prepare {config.kind}", len(config.sources)) as bar:
             sources = {}
             for done, source in enumerate(config.sources):
-                sources[source.name] = _write(source, config, dedup, output.path, bar, done)
+                sources[source.name] = _write(source, config, dedup, benchmarks, output.path, bar, done)
                 bar.update(done + 1, source.name)
         documents = sum(source["kept"] for source in sources.values())
         summary = {"documents": documents, "sources": sources, "python": platform.python_version()}
+        if benchmarks is not None:
+            artifact.write_json(output.path / CONTAMINATION, as_rows(benchmarks.hits))
+            summary["renumbered"] = sum(hit.masked for hit in benchmarks.hits)
         return output.finish(config.kind, summary)
 
 
 def _write(
-    source: Source, config: PrepareConfig, dedup: ExactDedup | None, out: Path, bar: Bar, done: int
-) -> dict[str, Any]:
+    source: Source, config: PrepareConfig, dedup: ExactDedup | None, benchmarks: Decontaminator | None, out: Path,
+    bar: Bar, done: int,
+) -> dict[str, Any]:  # fmt: skip
     """Write one source; returns its counts. Raises `ArtifactError` when nothing of it is left."""
     drops = Drops()
     documents = sample_documents(source.documents(config.kind, Invalid(source.on_invalid, drops)), source.sample)
     documents = filter_documents(documents, source.filters or config.filters, drops)
+    if config.math is not None:
+        documents = filter_math(documents, config.math, drops)
     if dedup is not None:
         documents = dedup(documents, drops)
+    if benchmarks is not None:
+        documents = benchmarks(documents, drops)
     counted = _Counted(islice(documents, source.max_documents), source.name, bar, done)
     kept = write_rows(out, source.name, (document.row(config.kind) for document in counted), config.kind)
     if not kept:
