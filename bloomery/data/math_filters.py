@@ -33,20 +33,23 @@ _PROOF = re.compile(
 )
 _FIGURE = re.compile(
     r"\[asy\]|\\includegraphics|!\[[^\]]*\]\(|<img\b|https?://\S+\.(?:png|jpe?g|gif|svg)|\\begin\{tikzpicture\}"
-    r"|\b(?:figure(?! out)|diagram|picture|image|chart|sketch)s?\b(?:\s+\S+){0,3}?\s*\b(?:below|above|shown|given|here|right|left)\b"
+    r"|\b(?:figure(?! out)|diagram|picture|image|chart|sketch)s?\b(?:\s+\S+){0,3}?\s*"
+    r"\b(?:below|above|shown|given|here|right|left)\b"
     r"|\b(?:in|from|of|to|see|on) (?:the )?(?:\w+ )?(?:figure|fig\.|diagram|picture|image|illustration)\b"
-    r"|\bas (?:shown|illustrated|pictured|depicted)\b|\b(?:shown|graphed|pictured|drawn) (?:below|above|here|at right)\b"
+    r"|\bas (?:shown|illustrated|pictured|depicted)\b"
+    r"|\b(?:shown|graphed|pictured|drawn) (?:below|above|here|at right)\b"
     r"|\b(?:graph|table) (?:below|above)\b",
     _FLAGS,
 )
 _MATH = re.compile(r"\$\$.*?\$\$|\$[^$]*\$|\\\[.*?\\\]|\\\(.*?\\\)|\\[A-Za-z]+", re.DOTALL)
 _WORD = re.compile(r"[^\W\d_]+")
-_ENGLISH = frozenset(
+_ENGLISH_WORDS = (
     "the a an of and is are in to for that what find if how with on by from be as at each it has have many "
     "this which when such all let solve evaluate given there can one two simplify compute determine calculate "
     "he she his her him they their them my your you we was were does do did or but not than more much per then up out "
-    "will would if its after before every other into use using where".split()
+    "will would its after before every other into use using where"
 )
+_ENGLISH = frozenset(_ENGLISH_WORDS.split())
 _FEWEST_WORDS_TO_TELL = 8
 _OPTIONS_TO_TELL = 3
 

@@ -18,6 +18,9 @@ MAX_CHARS, MAX_NESTING, MAX_DIGITS, MAX_EXPONENT_DIGITS = 256, 30, 40, 4
 _LONG_LITERAL = re.compile(rf"\d{{{MAX_DIGITS + 1},}}")
 _BIG_EXPONENT = re.compile(rf"\^\s*\{{?\s*[+-]?\s*\d{{{MAX_EXPONENT_DIGITS + 1},}}")
 _TOWER = re.compile(r"\^\s*(?:\w\s*\^|\{[^}]*\^|\{[^{}]*\}\s*\^)")
+_POWER_OF_LETTER = re.compile(
+    r"(\\?[A-Za-z]+)\s*\^\s*(?:\d|\{\s*\d{1,2}\s*\})(?!\s*\^)"
+)  # x^{2} in e^{-x^{2}} is small
 _FACTORIAL = re.compile(r"\d{5,}\s*!|!\s*!")
 _FACTORIAL_OF_GROUP = re.compile(r"[)}]\s*!")
 _FACTOR_SIGN = re.compile(r"(?:\\cdot|\\times|\*)\s*(?=\\sqrt|\\pi)")  # 2\cdot\sqrt{3} is evaluated
@@ -64,7 +67,7 @@ def too_costly(text: str) -> str | None:
         return f"{depth} nested groups, at most {MAX_NESTING}"
     if _LONG_LITERAL.search(text):
         return f"a number of more than {MAX_DIGITS} digits"
-    if _BIG_EXPONENT.search(text) or _TOWER.search(text):
+    if _BIG_EXPONENT.search(text) or _TOWER.search(_POWER_OF_LETTER.sub(r"\1", text)):
         return "a power too large to evaluate"
     if _FACTORIAL.search(text) or (_FACTORIAL_OF_GROUP.search(text) and not _has_variables(text)):
         return "a factorial too large to evaluate"

@@ -1,0 +1,67 @@
+"""The audit of a dataset folder of prompts, and of rollouts stored for it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bloomery.data.dataset import open_parquet, read_rows, text_of
+from bloomery.errors import ArtifactError
+from bloomery.verify.audit import Case, Item, canaries, measure
+from bloomery.verify.pool import Pool
+
+_NEEDED = ("id", "completion", "answer", "score")
+
+
+def audit(
+    dataset: Path, rollouts: Path | None = None, limit: int | None = None, workers: int = 2, most_listed: int = 20
+) -> dict[str, Any]:
+    """Canaries of every prompt of `dataset` (of the first `limit`), and stored `rollouts` judged again.
+
+    Under `prompts` and, where rollouts are given, `rollouts`: rates by source, seconds a verdict, the worst items.
+    `error` is the largest share, over sources, of prompts with a canary judged wrongly or of rollouts judged otherwise.
+    """
+    items = [_item(row) for row in islice(read_rows(dataset, "prompts"), limit)]
+    with Pool(workers) as pool:
+        cases = (case for item in items for case in canaries(item))
+        found = {"prompts": measure(cases, pool, workers).report(most_listed)}
+        if rollouts is not None:
+            stored = stored_cases(rollouts, {item.id: item for item in items})
+            found["rollouts"] = measure(stored, pool, workers).report(most_listed)
+    errors = [rates["error"] for rates in found["prompts"]["sources"].values()]
+    errors += [rates["differing"] for rates in found.get("rollouts", {"sources": {}})["sources"].values()]
+    return found | {"error": max(errors, default=0.0)}
+
+
+def _item(row: Mapping[str, Any]) -> Item:
+    question = "\n".join(message["content"] for message in row["prompt"])
+    return Item(row["id"], row["source"], question, row["answer"], row["verifier"])
+
+
+def stored_cases(folder: Path, items: Mapping[str, Item]) -> Iterator[Case]:
+    """Stored rollouts that were judged, as cases. The verifier is the row's own or that of the prompt of its id."""
+    for where, row in _stored_rows(folder):
+        missing = [name for name in _NEEDED if name not in row]
+        if missing:
+            raise ArtifactError(f"{where}: no column {missing[0]!r}; found {', '.join(row)}; expected stored rollouts")
+        item = items.get(str(row["id"]))
+        verifier = row.get("verifier") or (item and item.verifier)
+        if row["score"] is None or not verifier:  # never judged, or a prompt that is not audited
+            continue
+        own = Item(str(row["id"]), row.get("source") or "", text_of(row), row["answer"], verifier)
+        yield Case(own, "rollout", row["completion"] or "", row["score"] >= 1)
+
+
+def _stored_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    files = sorted([*folder.rglob("*.parquet"), *folder.rglob("*.jsonl")]) if folder.is_dir() else [folder]
+    if not files or not files[0].exists():
+        raise ArtifactError(f"{folder}: no rollouts; expected Parquet or JSONL files, as the stage `rl` stores them")
+    for file in files:
+        if file.suffix == ".jsonl":
+            lines = file.read_text(encoding="utf-8").splitlines()
+            yield from ((f"{file}, line {number}", json.loads(line)) for number, line in enumerate(lines, 1) if line)
+            continue
+        with open_parquet(file) as parquet:
+            for batch in parquet.iter_batches(1000):
+                yield from ((str(file), row) for row in batch.to_pylist())
