@@ -173,6 +173,35 @@ def serve(
         http.serve(service, listening)
 
 
+@app.command("plan")
+def plan_mapping(
+    recipe_or_model: Annotated[Path, typer.Argument(help="a recipe, a model's settings as YAML, or a model folder")],
+    cluster: Annotated[str, typer.Option(help="GPUs and their kind, for example 128xH100")],
+    sequence: Annotated[
+        int | None,
+        typer.Option(help="tokens of a sequence; default: the recipe's, or 4,096", min=1, show_default=False),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="sequences of a step; default: the recipe's, or 1,024", min=1, show_default=False)
+    ] = None,
+    imbalance: Annotated[float, typer.Option(help="tokens of the fullest expert rank over the mean")] = 1.0,
+    simulate: Annotated[
+        Path | None, typer.Option(help="draw how it scales to thousands of GPUs, to this SVG", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose how to lay a model out over a cluster: memory, exposed communication, bubble and MFU, predicted."""
+    from bloomery import plan
+
+    choice = plan.plan(recipe_or_model, cluster, sequence, batch, imbalance)
+    if simulate:
+        plan.simulate(recipe_or_model, choice, simulate)
+    if as_json:
+        typer.echo(json.dumps(plan.as_json(choice) | ({"picture": str(simulate)} if simulate else {})))
+        return
+    typer.echo(plan.text(choice) + (f"picture: {simulate}" if simulate else ""))
+
+
 @app.command("claim")
 def run_claim(
     name: Annotated[str | None, typer.Argument(help="a claim, as --list shows them", show_default=False)] = None,

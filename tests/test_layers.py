@@ -23,9 +23,10 @@ ALLOWED["report"] = ALLOWED["model"] | {"evaluate"}
 ALLOWED["chat"] = ALLOWED["serve"] = ALLOWED["train"] | {"train", "generate"}
 ALLOWED["recipe"] = ALLOWED["evaluate"] | {"compress", "synthesize", "posttrain", "evaluate", "report"}
 ALLOWED["claim"] = ALLOWED["recipe"] | {"recipe"}
-ALLOWED["cli"] = ALLOWED["claim"] | {"claim", "chat", "serve"}
+ALLOWED["plan"] = ALLOWED["claim"] | {"claim"}
+ALLOWED["cli"] = ALLOWED["plan"] | {"plan", "chat", "serve"}
 ALLOWED["__main__"] = {"cli"}
-WITHOUT_TORCH = {"errors", "config", "artifact", "progress", "verify", "report", "recipe", "claim", "cli"}
+WITHOUT_TORCH = {"errors", "config", "artifact", "progress", "verify", "report", "recipe", "claim", "plan", "cli"}
 
 
 def imported(file: Path) -> set[str]:

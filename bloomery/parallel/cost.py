@@ -22,19 +22,23 @@ class Calibration:
     data_exposed: share of the data-parallel communication that no arithmetic hides. latency: seconds a collective.
     """
 
-    product: float = 0.85
-    attention: float = 0.48
-    link: float = 0.55
-    network: float = 0.85
-    half_rows: float = 480.0
-    memory: float = 0.4
-    interleave: float = 2.3
-    data_exposed: float = 0.1
-    latency: float = 2e-5
+    product: float
+    attention: float
+    link: float
+    network: float
+    half_rows: float
+    memory: float
+    interleave: float
+    data_exposed: float
+    latency: float
 
 
-CALIBRATION = Calibration()
-ERROR = 0.2
+CALIBRATION = Calibration(
+    product=0.8913, attention=0.3977, link=0.7023, network=0.5599, half_rows=274.2, memory=0.7053, interleave=10,
+    data_exposed=0.5174, latency=6.44e-5,
+)  # fmt: skip
+ERROR = 0.19
+"""Nine in ten runs of a model that was not fitted are within this share of the prediction."""
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-
 from bloomery.model.config import ModelConfig
 from bloomery.parallel.cluster import Cluster
-from bloomery.parallel.mapping import Mapping
+from bloomery.parallel.mapping import AXES, Mapping
 
 BF16, FLOAT32 = 2, 4
 HEAD = "head"
@@ -294,10 +292,11 @@ class _LayerCounter:
 
 
 def group_places(mapping: Mapping, cluster: Cluster, *axes: str) -> tuple[int, int]:
-    """Size of a group along `axes`, and how many of its members share a node."""
-    group = mapping.groups(*axes)[0]
-    nodes = np.asarray(group) // cluster.gpus_per_node
-    return len(group), int(np.bincount(nodes - nodes.min()).max())
+    """Size of the group along neighbouring `axes` that holds rank 0, and how many of its members share its node."""
+    names = AXES["dense"] if axes[-1] in AXES["dense"] else AXES["expert"]
+    size = math.prod(getattr(mapping, axis) for axis in axes)
+    stride = math.prod(getattr(mapping, axis) for axis in names[names.index(axes[-1]) + 1 :])
+    return size, min(size, math.ceil(cluster.gpus_per_node / stride))
 
 
 def kept_bytes(model: ModelConfig, mapping: Mapping, batch: Batch) -> dict[str, float]:
