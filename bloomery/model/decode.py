@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 from bloomery.model import activation, native
 from bloomery.model.attention import Attention
 from bloomery.model.context import Context
-from bloomery.model.folded import AddedLinear, NormedLinear
+from bloomery.model.folded import AddedLinear, NormedLinear, to_unit_length
 from bloomery.model.layers import MLP
 from bloomery.model.mamba import Mamba
+from bloomery.model.moe import Experts, MoE
 from bloomery.model.norm import RMSNorm, rms_norm
 from bloomery.model.recurrence import Recurrence
 from bloomery.model.rope import rotate_few
@@ -114,10 +116,81 @@ class MLPStep:
 
     def __call__(self, x: Tensor, *_: object) -> Tensor:
         """x (rows, hidden) → x."""
+        return self.add(x, x)
+
+    def add(self, x: Tensor, to: Tensor) -> Tensor:
+        """to += mlp(norm(x))."""
         inner = self._into(x)
         if native.serves(inner) and self._plain in _SQUARED:
-            return self._out(x, native.activate(inner, self._gated is not None, _SQUARED[self._plain]))
-        return self._out(x, self._plain(inner) if self._gated is None else self._gated(*inner.chunk(2, -1)))
+            return self._out(to, native.activate(inner, self._gated is not None, _SQUARED[self._plain]))
+        return self._out(to, self._plain(inner) if self._gated is None else self._gated(*inner.chunk(2, -1)))
+
+
+class MoEStep:
+    """x += moe(norm(x)). A few rows do not fill a grouped product of all experts: theirs are multiplied one by one.
+
+    For a CPU. The experts' weights are read where they are: a copy would double most of the model.
+    """
+
+    def __init__(self, moe: MoE, norm: RMSNorm):
+        size = moe.gate.config.hidden_size
+        self._scale, self._eps = norm.weight.float() * math.sqrt(size), norm.eps * size
+        self._router, self._dispatch, self._experts = moe.gate, moe.dispatch, moe.experts
+        self._few = _FewExperts(moe.experts)
+        self._into, self._out = moe.fc1_latent_proj, moe.fc2_latent_proj
+        self._shared = None if moe.shared_experts is None else MLPStep(moe.shared_experts, norm)
+        self._shared_gate = moe.shared_expert_gate
+
+    def __call__(self, x: Tensor, *_: object) -> Tensor:
+        """x (rows, hidden) → x."""
+        normed = (to_unit_length(x.float(), self._eps) * self._scale).to(x.dtype)
+        routed = self._routed(normed)
+        if self._shared is None:
+            return x.add_(routed)
+        if self._shared_gate is None:
+            return self._shared(x).add_(routed)
+        shared = self._shared.add(x, torch.zeros_like(x))
+        return x.addcmul_(self._shared_gate(normed).sigmoid_(), shared).add_(routed)
+
+    def _routed(self, x: Tensor) -> Tensor:
+        indices, weights, _scores = self._router(x)
+        if self._into is not None:
+            x = self._into(x)
+        if indices.numel() <= self._few.experts:
+            out = self._few(x, indices, weights)
+        else:
+            out = self._dispatch(x, indices, weights, self._experts)
+        return out if self._out is None else self._out(out)
+
+
+class _FewExperts:
+    """The weighted sum of each row's experts, with a product for each expert that was chosen."""
+
+    def __init__(self, experts: Experts):
+        self._up, self._down = experts.up_proj.detach().unbind(), experts.down_proj.detach().unbind()
+        self._gate = None if experts.gate_proj is None else experts.gate_proj.detach().unbind()
+        self._plain, self._gated = experts.plain, experts.gated
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return len(self._up)
+
+    def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """x (rows, width), indices and weights (rows, k) → (rows, width)."""
+        order = indices.flatten().argsort()
+        experts, counts = indices.flatten()[order].unique_consecutive(return_counts=True)
+        chosen, sizes, rows = experts.tolist(), counts.tolist(), order // indices.shape[1]
+        parts = x.index_select(0, rows).split(sizes)
+        inner = _products(parts, self._up, chosen)
+        inner = self._plain(inner) if self._gate is None else self._gated(_products(parts, self._gate, chosen), inner)
+        out = _products(inner.split(sizes), self._down, chosen) * weights.flatten()[order, None]
+        return torch.zeros_like(x, dtype=out.dtype).index_add_(0, rows, out).to(x.dtype)
+
+
+def _products(parts: Sequence[Tensor], weights: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
+    """Each part times the transposed weight of its expert, one after the other."""
+    return torch.cat([F.linear(part, weights[expert]) for part, expert in zip(parts, chosen, strict=True)])
 
 
 _SQUARED = {F.silu: False, activation.squared_relu: True}

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from bloomery.model import native
 from bloomery.model.attention import Attention, AttentionCore
 from bloomery.model.context import Context
-from bloomery.model.decode import AttentionStep, MambaStep, MLPStep
+from bloomery.model.decode import AttentionStep, MambaStep, MLPStep, MoEStep
 from bloomery.model.decoder import Decoder, Layer
 from bloomery.model.folded import NormedLinear
 from bloomery.model.layers import MLP
 from bloomery.model.mamba import Mamba
+from bloomery.model.moe import Dispatch, Experts, MoE, Router
 from bloomery.model.norm import GatedRMSNorm, RMSNorm
 from bloomery.model.scan import ChunkedScan
 from bloomery.model.state import Cache, DecodeState
@@ -21,7 +22,7 @@ from bloomery.model.state import Cache, DecodeState
 LayerStep = Callable[..., Tensor]  # (hidden, context, cache) → hidden
 _ORIGINAL = {
     Decoder, Layer, Attention, Mamba, MLP, AttentionCore, ChunkedScan, RMSNorm, GatedRMSNorm,
-    nn.Embedding, nn.Linear, nn.Conv1d, nn.ModuleList,
+    MoE, Router, Experts, Dispatch, nn.Embedding, nn.Linear, nn.Conv1d, nn.ModuleList,
 }  # fmt: skip
 
 
@@ -31,7 +32,8 @@ _STEPS: dict[type[nn.Module], Callable[..., LayerStep]] = {Attention: AttentionS
 class Step:
     """Logits of the next token, from a copy of the weights as they are now.
 
-    A layer with experts, or with anything replaced or hooked, is called as it is: nothing of it may be bypassed.
+    A layer with anything replaced or hooked is called as it is: nothing of it may be bypassed. So is, on a GPU or if
+    `deterministic`, one with experts; elsewhere the experts' weights are not copied.
 
     `deterministic`: on a CPU, a row's logits are bitwise the same whatever other rows there are. The kernels look at
     each row by itself, and products are made of a fixed number of rows; where there are no kernels, or a layer is
@@ -104,9 +106,12 @@ def _is_whole(step: LayerStep) -> bool:
 
 
 def _layer_step(layer: Layer, deterministic: bool) -> LayerStep:
-    if all(_is_original(module) for module in layer.modules()):
+    if not all(_is_original(module) for module in layer.modules()):
+        return WholeLayer(layer)
+    if not isinstance(layer.mixer, MoE):
         return _STEPS[type(layer.mixer)](layer.mixer, layer.norm, deterministic)
-    return WholeLayer(layer)
+    on_cpu = layer.norm.weight.device.type == "cpu"
+    return MoEStep(layer.mixer, layer.norm) if on_cpu and not deterministic else WholeLayer(layer)
 
 
 def _is_original(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 from bloomery.model.attention import AttentionCore
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
+from bloomery.model.moe import Dispatch
 from bloomery.model.state import DecodeState
 from bloomery.model.step import Step
 
@@ -88,3 +89,50 @@ def test_biases_of_every_layer() -> None:
     state = DecodeState.allocate(config, 2, SEQ)
     decoder(ids[:, :4], state=state)
     close(Step(decoder)(ids[:, 4:5], state), decoder.lm_head(decoder(ids[:, :5]))[:, -1])
+
+
+MIXTURES = {
+    "sigmoid": {},
+    "gated": {"mlp_gated": True, "mlp_hidden_act": "silu", "router_activation": "softmax", "norm_topk_prob": False},
+    "groups": {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "shared": {"n_shared_experts": 1, "moe_shared_expert_intermediate_size": 20, "mlp_bias": True},
+    "shared_gate": {"n_shared_experts": 1, "moe_shared_expert_intermediate_size": 20, "shared_expert_gate": True},
+    "latent": {"moe_latent_size": 8, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 20},
+}
+
+
+def mixture(name: str) -> Decoder:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        pattern="E*", vocab_size=61, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        n_routed_experts=16, num_experts_per_tok=3, moe_intermediate_size=12, **MIXTURES[name],
+    )  # fmt: skip
+    decoder = Decoder(config).eval()
+    for tensor in (*decoder.parameters(), *decoder.buffers()):
+        tensor.normal_()
+    return decoder
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40], ids=["one", "few", "many"])
+@pytest.mark.parametrize("name", MIXTURES)
+@torch.no_grad()
+def test_experts_equal_their_layer(name: str, rows: int) -> None:
+    decoder = mixture(name)
+    layer, x = decoder.layers[0], torch.randn(rows, 16)
+    expected = layer(x.unsqueeze(1), None)[:, 0]
+    step = Step(decoder)
+    grouped: list[int] = []
+    layer.mixer.dispatch.register_forward_hook(lambda *_: grouped.append(1))
+    torch.testing.assert_close(step._layers[0](x.clone(), None, None), expected, rtol=1e-4, atol=1e-4)
+    assert bool(grouped) == (rows == 40)  # more choices than experts
+
+
+@torch.no_grad()
+def test_a_replaced_dispatch_is_not_bypassed() -> None:
+    class Nothing(Dispatch):
+        def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    decoder, x = mixture("sigmoid"), torch.randn(2, 16)
+    decoder.layers[0].mixer.dispatch = Nothing()
+    close(Step(decoder)._layers[0](x, None, None), x)
