@@ -117,7 +117,7 @@ class Measured:
         self.wrong.append(Wrong(item.id, item.source, case.kind, *shown, expected, status, reason))
 
     def report(self, most_listed: int) -> dict[str, Any]:
-        """Rates by source, quantiles of the seconds a verdict took, and the worst items: those with most wrong cases."""
+        """Rates by source, quantiles of the seconds a verdict took, and the worst prompts: those with most wrong."""
         ordered = sorted(self.seconds)
         quantile = {f"p{q}": ordered[min(len(ordered) - 1, len(ordered) * q // 100)] for q in (50, 99) if ordered}
         by_item = Counter((wrong.source, wrong.id) for wrong in self.wrong)

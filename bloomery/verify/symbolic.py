@@ -3,6 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
+import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
@@ -39,4 +40,12 @@ def _gold(text: str) -> tuple[Any, ...]:
 
 def _parse(text: str, config: LatexExtractionConfig) -> list[Any]:
     """Expressions first, then the text itself: what no parser reads can still be equal letter by letter."""
-    return parse(rf"\boxed{{{brace_arguments(text)}}}", [config], fallback_mode="first_match", parsing_timeout=None)
+    found = parse(rf"\boxed{{{brace_arguments(text)}}}", [config], fallback_mode="first_match", parsing_timeout=None)
+    return [_named(item) for item in found]
+
+
+def _named(item: Any) -> Any:
+    """`I = 2t` names a quantity. Read as the imaginary unit it is false, and all false equations are equal."""
+    if isinstance(item, sympy.core.relational.Relational) and item.lhs in (sympy.I, sympy.E):
+        return item.func(sympy.Symbol(str(item.lhs)), item.rhs, evaluate=False)
+    return item

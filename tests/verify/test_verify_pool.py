@@ -232,6 +232,18 @@ def test_the_self_test_passes_and_finds_a_broken_verifier(monkeypatch):
         verify.self_test(["nonsense"])
 
 
+@pytest.mark.parametrize(
+    ("found", "gold", "correct"),
+    [
+        ("I=2t", "I=2t", True), ("I=2t+2", "I=2(t+1)", True), ("I=7", "I=2t", False), ("I_0=7", "I=2t", False),
+        ("2t", "I=2t", True), ("7", "I=2t", False), ("3+4i", "4i+3", True), ("E=mc^2", "E=mc^2", True),
+        ("E=7", "E=mc^2", False), ("e^{-x^2}", "\\frac{1}{e^{x^2}}", True), ("e^{x^2}", "e^{-x^2}", False),
+    ],
+)  # fmt: skip
+def test_names_that_are_constants_elsewhere(found: str, gold: str, correct: bool):
+    assert verify.judge("answer", rf"\boxed{{{found}}}", gold).correct == correct
+
+
 def test_judge_shares_one_worker():
     assert verify.judge(*SYMBOLIC).score == 1.0
     assert verify.judge("answer", "\\boxed{x+2}", "1+x").score == 0.0
