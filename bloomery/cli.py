@@ -293,6 +293,52 @@ def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
     return f"{number / step**power:,.4g} {units[power]}".rstrip()
 
 
+verify = typer.Typer(no_args_is_help=True, help="Verdicts: is a completion right?")
+app.add_typer(verify, name="verify")
+
+
+@verify.command("audit")
+def verify_audit(
+    dataset: Annotated[Path, typer.Argument(help="dataset folder of prompts")],
+    rollouts: Annotated[
+        Path | None, typer.Option(help="stored rollouts to judge again: a folder of Parquet or JSONL, or a file")
+    ] = None,
+    max_error: Annotated[float, typer.Option(help="largest share of misjudged prompts or rollouts", min=0)] = 0.01,
+    limit: Annotated[int | None, typer.Option(help="only the first prompts", min=1)] = None,
+    worst: Annotated[int, typer.Option(help="how many wrong verdicts are listed", min=0)] = 20,
+    workers: Annotated[int, typer.Option(help="worker processes", min=1)] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Judge completions of known verdict for every prompt; fails when too many come out otherwise."""
+    from bloomery.posttrain.audit import audit
+
+    found = audit(dataset, rollouts, limit, workers, worst)
+    typer.echo(json.dumps(found) if as_json else "\n".join(_audit_lines(found)))
+    if found["error"] > max_error:
+        typer.echo(f"bloomery: estimated error {found['error']:.2%} is above {max_error:.2%}", err=True)
+        raise typer.Exit(1)
+
+
+def _audit_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for part in [name for name in ("prompts", "rollouts") if name in found]:
+        measured = found[part]
+        for source, rates in measured["sources"].items():
+            lines.append(
+                f"{part}  {source}: {rates['prompts']} prompts, {rates['cases']} verdicts; prompts with a right answer "
+                f"refused {rates['false_negative']:.2%}, with a wrong one paid {rates['false_positive']:.2%}; "
+                f"verdicts that differ {rates['differing']:.2%}, not judged {rates['unjudged']}"
+            )
+            lines += [f"  {_line(kind, counts)}" for kind, counts in rates["statuses"].items()]
+        lines += [f"  {_line(name, f'{seconds:.3g} s')}" for name, seconds in measured["seconds"].items()]
+        lines += [
+            f"  {wrong['source']} {wrong['id']}, {wrong['kind']}: {wrong['status']}, expected {wrong['expected']}: "
+            f"{wrong['completion']!r} for {wrong['answer']!r}"
+            for wrong in measured["worst"]
+        ]
+    return [*lines, f"estimated error: {found['error']:.2%}"]
+
+
 sandbox = typer.Typer(no_args_is_help=True, help="The place where untrusted programs run, and nowhere else.")
 app.add_typer(sandbox, name="sandbox")
 
