@@ -28,3 +28,10 @@ def test_settings_on_the_page_are_accepted(stage, cls):
 def test_every_type_of_source_is_on_the_page():
     shown = {source["type"] for source in configs.parse_yaml(BLOCKS["prepare"])["sources"]}
     assert shown == {"text", "jsonl", "parquet", "hf", "stdlib", "procedural"}
+
+
+def test_settings_for_math_problems_are_accepted():
+    [block] = re.findall(r"```yaml\n# stage: prepare, for RL\n(.*?)```", PAGE, re.DOTALL)
+    config = configs.build(PrepareConfig, configs.parse_yaml(block))
+    assert check_prepare(config)
+    assert config.decontaminate.ngram == 9
