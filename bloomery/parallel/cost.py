@@ -1,4 +1,4 @@
-"""Seconds and bytes of a training step from the work of a rank: an analytical model with nine fitted constants.
+"""Seconds and bytes of a training step from the work of a rank: an analytical model with eight fitted constants.
 
 The constants in `CALIBRATION` are the least-squares fit of `bloomery claim folding` to published runs on H100 (arXiv
 2504.14960, tables 1, 3, 4 and 5); `ERROR` is what that fit misses on models it has not seen.
@@ -16,10 +16,10 @@ RUNTIME_BYTES = 2e9
 
 @dataclass(frozen=True)
 class Calibration:
-    """What hardware reaches of its data sheet, and two habits of the runs that were fitted.
+    """What hardware reaches of its data sheet, and what of the communication shows.
 
-    half_rows: rows of a product at which it reaches half its rate. interleave: pieces of the model a stage holds.
-    data_exposed: share of the data-parallel communication that no arithmetic hides. latency: seconds a collective.
+    half_rows: rows of a product at which it reaches half its rate. data_exposed: share of the data-parallel
+    communication that no arithmetic hides. latency: seconds a collective takes whatever it sends.
     """
 
     product: float
@@ -28,16 +28,15 @@ class Calibration:
     network: float
     half_rows: float
     memory: float
-    interleave: float
     data_exposed: float
     latency: float
 
 
 CALIBRATION = Calibration(
-    product=0.8913, attention=0.3977, link=0.7023, network=0.5599, half_rows=274.2, memory=0.7053, interleave=10,
-    data_exposed=0.5174, latency=6.44e-5,
+    product=0.8549, attention=0.3914, link=0.7226, network=0.5564, half_rows=347.5, memory=0.717, data_exposed=0.4858,
+    latency=6.27e-5,
 )  # fmt: skip
-ERROR = 0.19
+ERROR = 0.15
 """Nine in ten runs of a model that was not fitted are within this share of the prediction."""
 
 
@@ -56,18 +55,12 @@ class Timing:
     mfu: float
 
 
-def timing(
-    work: StepWork,
-    cluster: Cluster,
-    mapping: Mapping,
-    calibration: Calibration = CALIBRATION,
-    interleave: float | None = None,
-) -> Timing:
-    """The predicted step; `interleave` overrides that of the mapping where a published run does not say it."""
+def timing(work: StepWork, cluster: Cluster, mapping: Mapping, calibration: Calibration = CALIBRATION) -> Timing:
+    """The predicted step."""
     clock = _Clock(cluster, calibration, mapping.recompute)
     layers = {kind: clock.layer(layer) for kind, layer in work.layers.items()}
     totals = [_added([(layers[kind], number) for kind, number in stage.items()]) for stage in work.stages]
-    pieces = mapping.interleave if interleave is None else interleave
+    pieces = mapping.interleave
     passing = 2 * clock.transfer(work.boundary) * (pieces if mapping.pipeline > 1 else 1)
     gathering = sum(clock.transfer(transfer) for transfer in work.gathered)
     seconds = [max(sum(total.values()) + passing, gathering) for total in totals]
@@ -148,27 +141,27 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.overhead
 
 
-def memory(work: StepWork, mapping: Mapping, interleave: float | None = None) -> Memory:
+def memory(work: StepWork, mapping: Mapping) -> Memory:
     """Of the pipeline stage that needs most: AdamW in float32, weights bf16, gradients float32."""
-    found = [_stage_memory(work, mapping, place, interleave) for place in range(mapping.pipeline)]
+    found = [_stage_memory(work, mapping, place) for place in range(mapping.pipeline)]
     return max(found, key=lambda stage: stage.total)
 
 
-def _stage_memory(work: StepWork, mapping: Mapping, place: int, interleave: float | None) -> Memory:
+def _stage_memory(work: StepWork, mapping: Mapping, place: int) -> Memory:
     held = work.held[place]
     whole = held.dense + held.expert
     sharded = held.dense / (mapping.data * mapping.context) + held.expert / mapping.expert_data
     state = sharded if mapping.zero == 3 else whole
     layers = sum(work.stages[place].values())
     gathered = 2 * BF16 * whole / layers if mapping.zero == 3 else 0.0  # the layer at work, and the next
-    activations = _activations(work, mapping, place, interleave)
+    activations = _activations(work, mapping, place)
     parts = (BF16 * state, FLOAT32 * state, 3 * FLOAT32 * sharded, activations, gathered)
     return Memory(*parts, overhead=FRAGMENTATION * sum(parts) + RUNTIME_BYTES)
 
 
-def _activations(work: StepWork, mapping: Mapping, place: int, interleave: float | None) -> float:
+def _activations(work: StepWork, mapping: Mapping, place: int) -> float:
     """Of the micro-batches in flight at a stage of the 1F1B schedule; interleaving keeps a little more."""
-    pieces = mapping.interleave if interleave is None else interleave
+    pieces = mapping.interleave
     flying = min(work.micro_batches, mapping.pipeline - place)
     if pieces > 1 and flying > 1:
         flying *= 1 + (mapping.pipeline - 1) / (mapping.pipeline * pieces)

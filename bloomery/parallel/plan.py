@@ -17,7 +17,7 @@ from bloomery.parallel.work import Batch, ModelWork, step_work
 
 LONG_SEQUENCE = 8192
 MICRO_BATCHES = (1, 2, 4)
-INTERLEAVES = (1, 2, 4)
+INTERLEAVES = (1, 2, 4, 8)
 EXPERT_TENSOR = (1, 2, 4, 8)
 
 
