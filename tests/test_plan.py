@@ -1,0 +1,100 @@
+"""`bloomery plan` from files to words, JSON and a picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bloomery import cli, plan
+from bloomery.config import build, parse_yaml
+from bloomery.errors import ConfigError
+from bloomery.parallel.mapping import Mapping
+
+ROOT = Path(__file__).parent.parent
+MODEL = """
+family: mixtral
+pattern: "*E*E*E*E"
+vocab_size: 1024
+hidden_size: 512
+num_attention_heads: 8
+num_key_value_heads: 4
+head_dim: 64
+n_routed_experts: 8
+moe_intermediate_size: 1024
+router_activation: softmax
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    file = tmp_path / "model.yaml"
+    file.write_text(MODEL)
+    return file
+
+
+def call(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["bloomery", "plan", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr()
+    return ended.value.code, shown.out, shown.err
+
+
+def test_words(monkeypatch, capsys, model):
+    code, out, _ = call(monkeypatch, capsys, str(model), "--cluster", "8xH100", "--sequence", "2048", "--batch", "64")
+    assert code == 0
+    assert out.startswith("8xH100, 64 sequences of 2,048 tokens a step; ")
+    for part in ("chosen: ", "MFU ", "GB a GPU: weights ", "matrix products", "runners-up:", " slower, most in "):
+        assert part in out
+    pasted = parse_yaml(out.partition("settings:\n")[2])
+    assert build(Mapping, pasted["parallel"]).world_size == 8
+
+
+def test_json_and_a_picture(monkeypatch, capsys, model, tmp_path):
+    picture = tmp_path / "deep" / "scaling.svg"
+    monkeypatch.setattr(plan, "LARGEST", 16)
+    words = (str(model), "--cluster", "8xA100", "--batch", "64", "--simulate", str(picture), "--json")
+    code, out, _ = call(monkeypatch, capsys, *words)
+    assert code == 0
+    found = json.loads(out)
+    assert found["picture"] == str(picture)
+    assert "<svg" in picture.read_text()
+    chosen = found["chosen"]
+    assert chosen["mfu_low"] < chosen["mfu"] < chosen["mfu_high"]
+    assert sum(chosen["seconds_by_part"].values()) == pytest.approx(chosen["seconds"])
+    memory = chosen["memory_bytes"]
+    assert sum(size for name, size in memory.items() if name != "total") == pytest.approx(memory["total"])
+    assert found["sequence"] == 4096
+    assert all(other["seconds"] >= chosen["seconds"] for other in found["runners_up"])
+
+
+def test_a_recipe_says_its_batch_itself():
+    choice = plan.plan(ROOT / "recipes" / "tiny.yaml", "4xH100", None, None)
+    model, seq_len, sequences = plan.read(ROOT / "recipes" / "tiny.yaml")
+    assert (choice.batch.seq_len, choice.batch.sequences) == (seq_len, sequences) == (128, 32)
+    assert model.vocab_size == 512
+
+
+def test_another_gpu_is_said_to_be_unproven(model):
+    assert "fitted to runs on H100; B200 is taken" in plan.text(plan.plan(model, "4xB200", None, 64))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--cluster", "8xH1000"), "did you mean 8xH100?"),
+        (("--cluster", "8xH100", "--imbalance", "0.5"), "--imbalance 0.5: the fullest rank over the mean; expected 1"),
+        (("--cluster", "16xH100", "--sequence", "33", "--batch", "1"), "no mapping is valid"),
+    ],
+)
+def test_refusals(monkeypatch, capsys, model, words, message):
+    code, out, err = call(monkeypatch, capsys, str(model), *words)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_recipe_without_a_model(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("stages:\n  tokenizer: {inputs: [x]}\n")
+    with pytest.raises(ConfigError, match="no stage pretrain that makes a model; give the folder of a model instead"):
+        plan.read(recipe)
