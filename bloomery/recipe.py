@@ -29,6 +29,7 @@ STAGES = {
     "blend": ("bloomery.data.blend", "BlendConfig"),
     "pretrain": ("bloomery.train.pretrain", "PretrainConfig"),
     "sft": ("bloomery.posttrain.sft", "SFTConfig"),
+    "curate": ("bloomery.posttrain.curation", "CurateConfig"),
     "rl": ("bloomery.posttrain.rl", "RLConfig"),
     "evaluate": ("bloomery.evaluate.evaluate", "EvaluateConfig"),
     "export": ("bloomery.evaluate.export", "ExportConfig"),

@@ -1,12 +1,12 @@
 """The audit of a dataset folder of prompts, and of rollouts stored for it."""
 
-import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bloomery.data.dataset import open_parquet, read_rows, text_of
+from bloomery.data.dataset import Row, read_rows, text_of
+from bloomery.data.read import Invalid, read_jsonl, read_parquet
 from bloomery.errors import ArtifactError
 from bloomery.verify.audit import Case, Item, canaries, measure
 from bloomery.verify.pool import Pool
@@ -41,10 +41,7 @@ def _item(row: Mapping[str, Any]) -> Item:
 
 def stored_cases(folder: Path, items: Mapping[str, Item]) -> Iterator[Case]:
     """Stored rollouts that were judged, as cases. The verifier is the row's own or that of the prompt of its id."""
-    for where, row in _stored_rows(folder):
-        missing = [name for name in _NEEDED if name not in row]
-        if missing:
-            raise ArtifactError(f"{where}: no column {missing[0]!r}; found {', '.join(row)}; expected stored rollouts")
+    for row in stored_rows(folder):
         item = items.get(str(row["id"]))
         verifier = row.get("verifier") or (item and item.verifier)
         if row["score"] is None or not verifier:  # never judged, or a prompt that is not audited
@@ -53,15 +50,19 @@ def stored_cases(folder: Path, items: Mapping[str, Item]) -> Iterator[Case]:
         yield Case(own, "rollout", row["completion"] or "", row["score"] >= 1)
 
 
-def _stored_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def stored_rows(folder: Path) -> Iterator[Row]:
+    """The rows of stored rollouts: a file, or all Parquet and JSONL files of a folder. Raises `ArtifactError`."""
+    for where, row in _located(folder):
+        missing = [name for name in _NEEDED if name not in row]
+        if missing:
+            raise ArtifactError(f"{where}: no column {missing[0]!r}; found {', '.join(row)}; expected stored rollouts")
+        yield row
+
+
+def _located(folder: Path) -> Iterator[tuple[str, Row]]:
     files = sorted([*folder.rglob("*.parquet"), *folder.rglob("*.jsonl")]) if folder.is_dir() else [folder]
     if not files or not files[0].exists():
         raise ArtifactError(f"{folder}: no rollouts; expected Parquet or JSONL files, as the stage `rl` stores them")
     for file in files:
-        if file.suffix == ".jsonl":
-            lines = file.read_text(encoding="utf-8").splitlines()
-            yield from ((f"{file}, line {number}", json.loads(line)) for number, line in enumerate(lines, 1) if line)
-            continue
-        with open_parquet(file) as parquet:
-            for batch in parquet.iter_batches(1000):
-                yield from ((str(file), row) for row in batch.to_pylist())
+        rows = read_jsonl if file.suffix == ".jsonl" else read_parquet
+        yield from rows(file, "", Invalid("error"))

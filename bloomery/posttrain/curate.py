@@ -122,21 +122,21 @@ def by_difficulty(
     documents: Iterable[Document],
     rates: Mapping[str, PassRate],
     drops: Drops,
-    lowest: float = 0.0,
-    highest: float = 1.0,
+    above: float | None = None,
+    at_most: float = 1.0,
 ) -> Iterator[Document]:
-    """The prompts with `lowest` < pass rate ≤ `highest`; (0, 6/16) is the paper's hard set. Unknown rates are kept.
+    """The prompts with `above` < pass rate ≤ `at_most`; 6/16 is the paper's hard set. Unknown rates are kept.
 
-    A prompt never solved teaches nothing while it is never solved, so a rate equal to `lowest` is dropped.
+    `above=0` drops what was never solved: it teaches nothing until it is solved once.
     """
     for document in documents:
         known = rates.get(document.id)
         if known is None or not known.judged:
             yield document
-        elif known.rate <= lowest:
-            drops.add(f"pass rate at most {lowest:g}", document.id)
-        elif known.rate > highest:
-            drops.add(f"pass rate above {highest:g}", document.id)
+        elif above is not None and known.rate <= above:
+            drops.add(f"pass rate at most {above:g}", document.id)
+        elif known.rate > at_most:
+            drops.add(f"pass rate above {at_most:g}", document.id)
         else:
             yield document
 

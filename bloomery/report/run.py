@@ -13,7 +13,9 @@ from bloomery.errors import ArtifactError, ConfigError
 Status = Literal["finished", "unfinished", "damaged"]
 Family = Literal["data", "tokenizer", "model", "evaluation", "other"]
 _FAMILIES: dict[str, Family] = {"model": "model", "tokenizer": "tokenizer", "evaluation": "evaluation"}
-_MAKES: dict[str, Family] = {"prepare": "data", "blend": "data", "tokenizer": "tokenizer", "evaluate": "evaluation"}
+_MAKES: dict[str, Family] = {
+    "prepare": "data", "blend": "data", "curate": "data", "tokenizer": "tokenizer", "evaluate": "evaluation",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

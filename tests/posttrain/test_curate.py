@@ -73,7 +73,7 @@ def test_solvable_drops_golds_that_no_majority_confirms():
 def test_difficulty_is_a_half_open_range_of_pass_rates():
     rates = {"never": PassRate(0, 16), "hard": PassRate(6, 16), "easy": PassRate(7, 16), "odd": PassRate(0, 0)}
     documents, drops = [prompt(id, "q", "1") for id in ("never", "hard", "easy", "odd", "new")], Drops()
-    assert ids(by_difficulty(documents, rates, drops, 0.0, 6 / 16)) == ["hard", "odd", "new"]
+    assert ids(by_difficulty(documents, rates, drops, above=0, at_most=6 / 16)) == ["hard", "odd", "new"]
     assert drops.counts == {"pass rate at most 0": 1, "pass rate above 0.375": 1}
 
 

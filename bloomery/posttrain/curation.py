@@ -1,0 +1,84 @@
+"""Stage `curate`: a dataset of prompts without those that cannot teach, each left out for a counted reason."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bloomery import artifact
+from bloomery.artifact import Manifest, Output
+from bloomery.config import Config, DatasetDir, Field, RawPath
+from bloomery.data.dataset import read_rows, text_of, write_rows
+from bloomery.data.document import Document, Drops
+from bloomery.errors import ArtifactError, ConfigError
+from bloomery.posttrain.audit import stored_rows
+from bloomery.posttrain.curate import by_difficulty, pass_rates, solvable, verifiable
+from bloomery.progress import say
+from bloomery.verify.pool import judge
+
+
+class CurateConfig(Config):
+    """Which prompts are left out."""
+
+    prompts: DatasetDir = Field(description="dataset of kind prompts")
+    verifiable: bool = Field(
+        default=True, description="drop prompts whose gold answer is refused, or where copying the question is paid"
+    )
+    rollouts: RawPath | None = Field(
+        default=None, description="stored rollouts, a folder of Parquet or JSONL, by which the settings below judge"
+    )
+    solvable: bool = Field(
+        default=False, description="drop prompts whose gold is not the majority answer of their rollouts"
+    )
+    above: float | None = Field(default=None, description="keep pass rates above this; 0 drops the never solved", ge=0)
+    at_most: float = Field(
+        default=1.0, description="keep pass rates up to this; the hard set of AceReason: 0.375", le=1
+    )
+
+
+def check(config: CurateConfig) -> dict[str, Any]:
+    """What `run` would refuse before reading any data."""
+    if config.rollouts is None and (config.solvable or config.above is not None or config.at_most < 1):
+        raise ConfigError("rollouts: missing; solvable, above and at_most judge prompts by stored rollouts")
+    if config.above is not None and config.above >= config.at_most:
+        raise ConfigError(f"above: {config.above:g} is not below at_most ({config.at_most:g}); no prompt could be kept")
+    return {"kind": "prompts"}
+
+
+def run(config: CurateConfig, out: Path) -> Manifest:
+    """Stage `curate`: the prompts kept, source by source; the manifest counts the others by reason."""
+    check(config)
+    with Output(out, "curate", config) as output:
+        if output.done:
+            return artifact.read_manifest(output.path)  # type: ignore[return-value]
+        drops = Drops()
+        kept: dict[str, list[dict[str, Any]]] = {}
+        for document in _curated(config, drops):
+            kept.setdefault(document.source, []).append(document.row("prompts"))
+        if not kept:
+            raise ArtifactError(f"{config.prompts}: no prompt is left; dropped: {drops}")
+        for source, rows in kept.items():
+            write_rows(output.path, source, rows, "prompts")
+        count = sum(map(len, kept.values()))
+        say(f"curate  kept {count:,}, dropped {drops}")
+        return output.finish("prompts", {"prompts": count, "dropped": dict(drops.counts)})
+
+
+def _curated(config: CurateConfig, drops: Drops) -> Iterator[Document]:
+    """The documents that pass; the cheapest judgement first."""
+    documents = (
+        Document(text_of(row), row["id"], row["source"], json.loads(row["metadata"]), row)
+        for row in read_rows(config.prompts, "prompts")
+    )
+    if config.rollouts is None:
+        return verifiable(documents, judge, drops) if config.verifiable else documents
+    rows = list(stored_rows(config.rollouts))
+    documents = by_difficulty(documents, pass_rates(rows), drops, config.above, config.at_most)
+    if config.verifiable:
+        documents = verifiable(documents, judge, drops)
+    if config.solvable:
+        completions: dict[str, list[str]] = {}
+        for row in rows:
+            completions.setdefault(str(row["id"]), []).append(row["completion"] or "")
+        documents = solvable(documents, completions, judge, drops)
+    return documents
