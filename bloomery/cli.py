@@ -329,7 +329,10 @@ def _audit_lines(found: dict[str, Any]) -> list[str]:
                 f"refused {rates['false_negative']:.2%}, with a wrong one paid {rates['false_positive']:.2%}; "
                 f"verdicts that differ {rates['differing']:.2%}, not judged {rates['unjudged']}"
             )
-            lines += [f"  {_line(kind, counts)}" for kind, counts in rates["statuses"].items()]
+            lines += [
+                f"  {kind}: {', '.join(f'{count} {status}' for status, count in counts.items())}"
+                for kind, counts in rates["statuses"].items()
+            ]
         lines += [f"  {_line(name, f'{seconds:.3g} s')}" for name, seconds in measured["seconds"].items()]
         lines += [
             f"  {wrong['source']} {wrong['id']}, {wrong['kind']}: {wrong['status']}, expected {wrong['expected']}: "

@@ -26,6 +26,7 @@ _FACTORIAL_OF_GROUP = re.compile(r"[)}]\s*!")
 _FACTOR_SIGN = re.compile(r"(?:\\cdot|\\times|\*)\s*(?=\\sqrt|\\pi)")  # 2\cdot\sqrt{3} is evaluated
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
 _OPERATION = re.compile(r"\\[A-Za-z]+|[+*^!]")
+_BINARY_MINUS = re.compile(r"((?:[\d})\]!]|\\pi)\s*)-")  # a sum like any other: \sqrt{5}-1 is -1+\sqrt{5}
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORDS = re.compile(r"\\(?:text|mathrm|textbf|textrm|mbox|operatorname)\s*\{[^{}]*\}")
 _HARMLESS = frozenset({
@@ -95,4 +96,4 @@ def _has_variables(text: str) -> bool:
 
 
 def _operations(text: str) -> list[str]:
-    return _OPERATION.findall(_FACTOR_SIGN.sub("", _DEGREES.sub("", text)))
+    return _OPERATION.findall(_BINARY_MINUS.sub(r"\1+", _FACTOR_SIGN.sub("", _DEGREES.sub("", text))))

@@ -136,6 +136,14 @@ def test_a_constant_must_be_evaluated():
     assert status("answer", "\\boxed{\\log(9)}", gold) == "wrong"
     for fair in ("\\sqrt{12}", "2\\cdot\\sqrt3", "\\frac{6}{\\sqrt3}"):
         assert isinstance(answer(rf"\boxed{{{fair}}}", gold), Deferred)
+    assert status("answer", "\\boxed{3\\sqrt{3}-\\sqrt{3}}", gold) == "wrong"
+    assert status("answer", "\\boxed{3\\pi-\\pi}", "2\\pi") == "wrong"
+    for found, other in (
+        ("-1+\\sqrt5", "\\sqrt5-1"),
+        ("\\sqrt5 - 1", "-1+\\sqrt5"),
+        ("1,\\quad -\\sqrt2", "1,-\\sqrt2"),
+    ):
+        assert isinstance(answer(rf"\boxed{{{found}}}", other), Deferred), "a sum in another order"
     assert isinstance(answer("\\boxed{(x+1)^2}", "x^2+2x+1"), Deferred), "with variables, any equivalent form is fair"
 
 
