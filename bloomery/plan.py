@@ -1,5 +1,6 @@
 """From a recipe or a model folder to a mapping for a cluster, explained; and a picture of how it scales."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def simulate(path: Path, choice: Choice, file: Path) -> None:
         raise ConfigError(f"--simulate needs {error.name}: pip install 'bloomery[claims]'") from None
 
 
-def _band(found: list[tuple[int, Plan]], value: Any) -> list[np.ndarray]:
+def _band(found: list[tuple[int, Plan]], value: Callable[[Plan], float]) -> list[np.ndarray]:
     """Three curves, whose mean is close to the middle one: the ends of the interval and the prediction."""
     return [
         np.array([[gpus, value(one) * factor] for gpus, one in found]) for factor in (1 / (1 + ERROR), 1.0, 1 + ERROR)

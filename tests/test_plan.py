@@ -8,6 +8,8 @@ import pytest
 from bloomery import cli, plan
 from bloomery.config import build, parse_yaml
 from bloomery.errors import ConfigError
+from bloomery.model import hf
+from bloomery.model.config import ModelConfig
 from bloomery.parallel.mapping import Mapping
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +24,9 @@ head_dim: 64
 n_routed_experts: 8
 moe_intermediate_size: 1024
 router_activation: softmax
+mlp_gated: true
+mlp_hidden_act: silu
+rope: {rope_theta: 10000.0}
 """
 
 
@@ -73,6 +78,15 @@ def test_a_recipe_says_its_batch_itself():
     model, seq_len, sequences = plan.read(ROOT / "recipes" / "tiny.yaml")
     assert (choice.batch.seq_len, choice.batch.sequences) == (seq_len, sequences) == (128, 32)
     assert model.vocab_size == 512
+
+
+def test_a_model_folder(tmp_path, model):
+    config = hf.export_config(build(ModelConfig, parse_yaml(MODEL)))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    from_folder, seq_len, sequences = plan.read(tmp_path / "folder")
+    assert (seq_len, sequences) == (None, None)
+    assert from_folder.count_parameters() == plan.read(model)[0].count_parameters()
 
 
 def test_another_gpu_is_said_to_be_unproven(model):

@@ -54,7 +54,7 @@ class Mapping(Config):
             return self
         names = ("expert", "expert_tensor", "expert_data")
         sizes = {name: getattr(self, name) for name in names}
-        degree, choices = _repair(sizes, dense, set() if self.expert_data else {"expert_data"})
+        degree, choices = _repair(sizes, dense, frozenset(() if self.expert_data else ("expert_data",)))
         raise ValueError(
             f"tensor·context·data = {self.tensor}·{self.context}·{self.data} = {dense}, but "
             f"expert_tensor·expert·expert_data = {self.expert_tensor}·{self.expert}·{self.expert_data or '?'}: both "
@@ -197,10 +197,10 @@ def _unit(mapping: Mapping) -> str:
     return f"tensor = {mapping.tensor}"
 
 
-def _repair(sizes: dict[str, int], total: int, unset: set[str] = frozenset()) -> tuple[str, str]:  # type: ignore[assignment]
+def _repair(sizes: dict[str, int], total: int, unset: frozenset[str] = frozenset()) -> tuple[str, str]:
     """The degree to change so that the product becomes `total`, and the values that would do."""
     for name in sizes:
-        rest = math.prod(size for other, size in sizes.items() if other not in unset | {name})
+        rest = math.prod(size for other, size in sizes.items() if other not in {*unset, name})
         if name not in unset and total % rest == 0:
             values = [total // rest] if not unset else _divisors(total // rest)
             return name, _listed(values)
