@@ -26,7 +26,8 @@ def test_the_published_8b() -> None:
         n: found["parameters"] * k for n, k in (("float32", 4), ("bfloat16", 2), ("float16", 2))
     }
     mebibytes = [found["cache_bytes"][context] / 2**20 for context in CONTEXTS]
-    assert mebibytes == pytest.approx([129, 225, 1.10 * 1024, 2.10 * 1024, 16.1 * 1024], rel=1e-2)  # arithmetic of arXiv 2504.03624
+    # arithmetic of arXiv 2504.03624
+    assert mebibytes == pytest.approx([129, 225, 1.10 * 1024, 2.10 * 1024, 16.1 * 1024], rel=1e-2)
     assert found["forward_flops_per_token"][65536] * 65536 == pytest.approx(1.06e15 + 0.14e15, rel=0.05)
     assert "n_routed_experts" not in found["sizes"]
     assert found["sizes"]["mamba_num_heads"] == 128
