@@ -42,7 +42,7 @@ class Meshes:
 
     @classmethod
     def create(cls, mapping: Mapping) -> Self:
-        """Collective over all ranks. Groups of the same ranks are made once in a process, whatever the mapping.
+        """Collective over all ranks. Groups of the same axes and ranks are made once in a process.
 
         Raises `ConfigError` when the degrees do not fill the ranks, or when no process group was joined.
         """
@@ -55,7 +55,7 @@ class Meshes:
             )
         mapping.check_world(dist.get_world_size())
         rank = dist.get_rank()
-        return cls(mapping, rank, {axes: group_of(mapping.group(rank, *axes)) for axes in _SETS})
+        return cls(mapping, rank, {axes: group_of(mapping.group(rank, *axes), "_".join(axes)) for axes in _SETS})
 
     def group(self, *axes: str) -> ProcessGroup | None:
         """The ranks that agree with this one on all axes of the family but these, in the order of `AXES`; `None` where
@@ -80,20 +80,20 @@ class Meshes:
     def device_mesh(self, *axes: str, device_type: str = "cpu") -> DeviceMesh:
         """The same ranks as a mesh of one dimension, for FSDP2 and DTensor; also where that is this rank alone."""
         ordered = _ordered(axes)
-        group = self._groups[ordered] or _group_of(dist.group.WORLD, (self.rank,))
-        return DeviceMesh.from_group(group, device_type, mesh_dim_names=("_".join(ordered),))
+        name = "_".join(ordered)
+        group = self._groups[ordered] or _group_of(dist.group.WORLD, (self.rank,), name)
+        return DeviceMesh.from_group(group, device_type, mesh_dim_names=(name,))
 
 
-def group_of(ranks: tuple[int, ...]) -> ProcessGroup | None:
-    """The group of these ranks in ascending order, for its members, who must all ask for it; `None` for one rank."""
-    return None if len(ranks) == 1 else _group_of(dist.group.WORLD, ranks)
+def group_of(ranks: tuple[int, ...], name: str) -> ProcessGroup | None:
+    """The group of these ranks, ascending, for its members, who must all ask for it; `None` for one rank. What is sent
+    over it is counted under `name`."""
+    return None if len(ranks) == 1 else _group_of(dist.group.WORLD, ranks, name)
 
 
 @cache
-def _group_of(world: ProcessGroup, ranks: tuple[int, ...]) -> ProcessGroup:
-    if len(ranks) == world.size():
-        return world
-    return dist.new_group(list(ranks), timeout=_timeout(world), use_local_synchronization=True)
+def _group_of(world: ProcessGroup, ranks: tuple[int, ...], name: str) -> ProcessGroup:
+    return dist.new_group(list(ranks), timeout=_timeout(world), use_local_synchronization=True, group_desc=name)
 
 
 def _timeout(world: ProcessGroup) -> timedelta:

@@ -24,6 +24,7 @@ INSTALL = "install bubblewrap (Debian and Ubuntu: apt-get install bubblewrap; Fe
 _HERE = Path(__file__).parent
 _INSIDE, _PYTHON = "/sandbox", "/python"
 _PYTHON_LIBRARY = f"{_PYTHON}/lib/python{sys.version_info.major}.{sys.version_info.minor}"
+_INSTALLED = "site-packages", "dist-packages"  # inside the standard library's folder; Debian has the second, or neither
 _OPEN_FOLDERS = (_PYTHON, f"{_PYTHON}/bin", f"{_PYTHON}/{sys.platlibdir}", f"{_PYTHON}/lib", "/dev", "/tmp")
 _FIRST_UID = 1_000_000_000
 _START_SECONDS, _GRACE_SECONDS = 60.0, 20.0
@@ -172,6 +173,8 @@ def command() -> list[str]:
     uid = _FIRST_UID + os.getpid() if root else os.geteuid()  # one user a worker: none can signal another
     binds = {folder: folder for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64")} | _interpreter()
     binds |= {str(_HERE): _INSIDE}
+    installed = (name for name in _INSTALLED if Path(sysconfig.get_path("stdlib"), name).is_dir())
+    hidden = [f"{_PYTHON_LIBRARY}/{name}" for name in installed]
     devices = [part for name in ("null", "zero", "urandom") for part in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
     privileges = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else []
     environment = {
@@ -184,8 +187,8 @@ def command() -> list[str]:
         *(part for name, value in environment.items() for part in ("--setenv", name, value)),
         *(part for folder in _OPEN_FOLDERS for part in ("--perms", "0755", "--dir", folder)),
         *(part for there, here in binds.items() if Path(there).exists() for part in ("--ro-bind", there, here)),
-        *devices, "--tmpfs", f"{_PYTHON_LIBRARY}/site-packages", "--proc", "/proc",
-        "--remount-ro", f"{_PYTHON_LIBRARY}/site-packages", "--remount-ro", "/", "--chdir", "/", "--",
+        *devices, *(part for folder in hidden for part in ("--tmpfs", folder)), "--proc", "/proc",
+        *(part for folder in [*hidden, "/"] for part in ("--remount-ro", folder)), "--chdir", "/", "--",
         f"{_PYTHON}/bin/python", "-I", "-S", "-B", f"{_INSIDE}/inside.py", str(uid),
     ]  # fmt: skip
 
