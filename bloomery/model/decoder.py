@@ -83,31 +83,35 @@ class Decoder(nn.Module):
         """
         _check(input_ids, segment_ids, state, lengths)
         if state is None:
-            context = Context.build(input_ids, segment_ids, None, lengths, self.config.sliding_window)
-            return self._run(
-                input_ids, context, position_ids, [None] * len(self.layers), checkpoint_activations, only_last
-            )
+            context = self.context(input_ids, segment_ids, position_ids, None, lengths)
+            return self._run(input_ids, context, [None] * len(self.layers), checkpoint_activations, only_last)
         with torch.no_grad():
-            context = Context.build(input_ids, segment_ids, state, lengths, self.config.sliding_window)
+            context = self.context(input_ids, segment_ids, position_ids, state, lengths)
             if context.total > state.max_tokens:
                 raise ValueError(
                     f"state: {context.held} tokens held and {context.seq} new ones, room for {state.max_tokens}"
                 )
-            hidden = self._run(input_ids, context, position_ids, state.layers, False, only_last)
+            hidden = self._run(input_ids, context, state.layers, False, only_last)
             state.lengths += context.seq if lengths is None else lengths
         return hidden
 
-    def _run(
+    def context(
         self,
         input_ids: Tensor,
-        context: Context,
+        segment_ids: Tensor | None,
         position_ids: Tensor | None,
-        caches: list[Cache],
-        recompute: bool,
-        only_last: bool,
-    ) -> Tensor:
+        state: DecodeState | None,
+        lengths: Tensor | None,
+    ) -> Context:
+        """What the layers of one call share. Swap point: replaced where mixers see other tokens than the embedding."""
+        context = Context.build(input_ids, segment_ids, state, lengths, self.config.sliding_window)
         if self.rope is not None:
             context.rope = self._angles(context, position_ids)
+        return context
+
+    def _run(
+        self, input_ids: Tensor, context: Context, caches: list[Cache], recompute: bool, only_last: bool
+    ) -> Tensor:
         hidden = self.embeddings(input_ids)
         mixed = max(self.config.pattern.rfind("M"), self.config.pattern.rfind("*")) + 1
         for position, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
