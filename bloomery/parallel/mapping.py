@@ -36,6 +36,7 @@ class Mapping(Config):
     expert_data: int = Field(0, ge=0, description="Ranks with the same experts; 0: as many as are left (count)")
     interleave: int = Field(1, ge=1, description="Pieces of the model that each pipeline stage holds (count)")
     zero: Literal[1, 3] = Field(1, description="Sharded over data: 1 optimizer state, 3 weights and gradients as well")
+    replicate: int = Field(1, ge=1, description="Copies of what is sharded over data: HSDP (count)")
     recompute: bool = Field(False, description="Keep only the input of each layer for the backward pass")
 
     @model_validator(mode="before")
@@ -60,6 +61,13 @@ class Mapping(Config):
             f"expert_tensor·expert·expert_data = {self.expert_tensor}·{self.expert}·{self.expert_data or '?'}: both "
             f"grids must hold the same ranks of a stage; for {degree} {sizes[degree] or 'left out'} choose {choices}"
         )
+
+    @model_validator(mode="after")
+    def _whole_copies(self) -> Self:
+        if self.data % self.replicate:
+            choices = _listed(_divisors(self.data))
+            raise ValueError(f"replicate {self.replicate} does not divide data {self.data}; choose {choices}")
+        return self
 
     @classmethod
     def over(cls, world: int, where: str = "", **degrees: Any) -> "Mapping":
