@@ -85,7 +85,7 @@ def seconds(run: Generate) -> float:
 def measure(name: str, repeats: int) -> dict[str, object]:
     """One figure: medians of alternating repeats."""
     torch.manual_seed(0)
-    decoder = Decoder(MODELS[name])
+    decoder = Decoder(MODELS[name]).eval()
     prompts = torch.randint(0, SIZES["vocab_size"], (BATCH, PROMPT), generator=torch.Generator().manual_seed(1))
     sides = our_side(decoder, prompts), peer_side(decoder, prompts)
     return take_turns(name, *sides, BATCH * NEW, "tokens/s", repeats)

@@ -121,8 +121,8 @@ class Output:
             old = configs.identity(configs.load(type(self.config), self.path / CONFIG))
         except configs.ConfigError as error:
             return str(error).splitlines()[0]
-        for name, now in _flatten(configs.identity(self.config)).items():
-            before = _flatten(old).get(name)
+        for name, now in configs.flatten(configs.identity(self.config)).items():
+            before = configs.flatten(old).get(name)
             if before != now:
                 return f"{name} was {before!r} and is now {now!r}"
         for name, now in self.digests.items():
@@ -140,12 +140,6 @@ class Output:
         write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
         self._seconds_file.unlink(missing_ok=True)
         return manifest
-
-
-def _flatten(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, item in value.items() for k, v in _flatten(item, f"{name}.{key}" if name else key).items()}
 
 
 class Metrics:

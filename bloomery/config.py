@@ -187,6 +187,13 @@ def to_yaml(data: Any) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Dotted key → value of nested mappings."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {k: v for key, item in value.items() for k, v in flatten(item, f"{name}.{key}" if name else key).items()}
+
+
 def inputs(config: Config) -> dict[str, tuple[str, Path]]:
     """Every dependency edge of a config: dotted field → (artifact kind, path). `None` fields are no edge."""
     return {name: (edge.kind, value) for name, edge, value in _edges(config, "") if value is not None}
@@ -253,5 +260,5 @@ def _is_run_only(field: FieldInfo) -> bool:
 
 __all__ = [
     "RUN_ONLY", "Config", "DatasetDir", "Field", "Input", "ModelDir", "RawPath", "TokenizerDir",
-    "apply_overrides", "build", "dump", "identity", "inputs", "load", "parse_yaml", "read_yaml", "to_yaml",
+    "apply_overrides", "build", "dump", "flatten", "identity", "inputs", "load", "parse_yaml", "read_yaml", "to_yaml",
 ]  # fmt: skip

@@ -23,5 +23,9 @@ class DivergenceError(BloomeryError):
     exit_code = 3
 
 
+class PeerError(BloomeryError):
+    """Another process of this run has died, hangs or disagrees; what it did is told by its own error."""
+
+
 class SandboxError(BloomeryError):
     """Untrusted code cannot be isolated on this machine, so it is not executed."""

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ from bloomery import config as configs
 from bloomery.artifact import Manifest, Output
 from bloomery.config import Config
 from bloomery.errors import BloomeryError, ConfigError
+from bloomery.parallel.world import agreed, joined, world
 from bloomery.progress import say
 
 STAGES = {
@@ -145,19 +146,55 @@ def _ordered(steps: list[Step]) -> list[Step]:
 
 
 def run(folder: Path, steps: Sequence[Step]) -> list[Manifest]:
-    """Run every step that is not done yet. Raises what the failing stage raised; what was finished stays."""
+    """Run every step that is not done yet. Raises what the failing stage raised; what was finished stays.
+
+    Under torchrun all ranks run the stages that train; the others run on rank 0 while the rest wait. Manifests are
+    returned on rank 0 alone.
+    """
     manifests = []
     for position, step in enumerate(steps, 1):
-        before = Output(step.out, step.stage, step.config).done
-        if not before:
-            say(f"[{position}/{len(steps)}] {step.name} ({step.stage})")
+        before = not _left_to_do(step)
+        if not before and (world().is_main or runs_on_all_ranks(step)):
+            say(f"[{position}/{len(steps)}] {step.name} ({step.stage}){_where(step)}")
             run_stage(step)
-        manifest = artifact.read_manifest(step.out)
-        assert manifest is not None
-        took = "done before" if before else f"{manifest.seconds:.0f} s"
-        say(f"[{position}/{len(steps)}] {step.name}: {took}  {headline(manifest)}")
-        manifests.append(manifest)
+        if world().is_main:
+            manifest = artifact.read_manifest(step.out)
+            assert manifest is not None
+            took = "done before" if before else f"{manifest.seconds:.0f} s"
+            say(f"[{position}/{len(steps)}] {step.name}: {took}  {headline(manifest)}")
+            manifests.append(manifest)
+    agreed("end", lambda: "reached")
     return manifests
+
+
+def _left_to_do(step: Step) -> bool:
+    """Rank 0 looks whether the step is done; all ranks must mean the same step."""
+
+    def look() -> str:
+        return "done" if Output(step.out, step.stage, step.config).done else configs.dump(step.config)
+
+    found = agreed(f"step/{step.name}", look)
+    if found != "done" and found != configs.dump(step.config):
+        raise ConfigError(f"{step.name}.{_difference(configs.parse_yaml(found), step.config)}; give all ranks the same")
+    return found != "done"
+
+
+def _difference(first: dict[str, Any], own: Config) -> str:
+    """The first setting that is not the same as on rank 0."""
+    theirs, ours = configs.flatten(first), configs.flatten(own.model_dump(mode="json"))
+    name = next(name for name in [*theirs, *ours] if theirs.get(name) != ours.get(name))
+    return f"{name}: {ours.get(name)!r} on rank {world().rank}, {theirs.get(name)!r} on rank 0"
+
+
+def runs_on_all_ranks(step: Step) -> bool:
+    """Whether a stage is one that trains, and so can be spread over ranks."""
+    return "parallel" in type(step.config).model_fields
+
+
+def _where(step: Step) -> str:
+    if world().size == 1:
+        return ""
+    return f" on {world().size} ranks" if runs_on_all_ranks(step) else " on rank 0"
 
 
 def headline(manifest: Manifest) -> str:
@@ -200,8 +237,8 @@ def _wait(child: Any) -> bool:
 
     def note(number: int, _: Any) -> None:
         interrupts.append(number)
-        if number == signal.SIGTERM:
-            child.terminate()  # a terminal sends its interrupt to both, a scheduler only to us
+        if number == signal.SIGTERM or world().size > 1:
+            os.kill(child.pid, number)  # a terminal sends its interrupt to both, a scheduler only to us
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -224,13 +261,22 @@ def _child(step: Step, sender: multiprocessing.connection.Connection, parent: in
     die_with(parent)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if world().size > 1:
+        os.setpgid(0, 0)  # torchrun signals the whole group; one request must not arrive twice
     try:
-        stage_module(step.stage).run(step.config, step.out)
+        with _joined(step):
+            stage_module(step.stage).run(step.config, step.out)
     except BloomeryError as error:
         sender.send(type(error)(f"{step.name}: {error}"))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _joined(step: Step) -> AbstractContextManager[Any]:
+    if not runs_on_all_ranks(step):
+        return nullcontext()
+    return joined(step.name, step.config.parallel.timeout_seconds)  # type: ignore[attr-defined]
 
 
 def check(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:

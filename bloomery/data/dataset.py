@@ -23,7 +23,12 @@ SCHEMAS = {
     "messages": pa.schema([("messages", _CHAT), *_ORIGIN]),
     "prompts": pa.schema([("prompt", _CHAT), ("answer", pa.string()), ("verifier", pa.string()), *_ORIGIN]),
     "preferences": pa.schema([("prompt", _CHAT), ("chosen", _CHAT), ("rejected", _CHAT), *_ORIGIN]),
-}
+    "traces": pa.schema([
+        ("prompt", _CHAT), ("completion", pa.string()), ("answer", pa.string()), ("verifier", pa.string()),
+        ("score", pa.float64()), ("status", pa.string()), ("reason", pa.string()), ("tokens", pa.int64()),
+        ("finish_reason", pa.string()), ("step", pa.int64()), ("sample", pa.int64()), *_ORIGIN,
+    ]),
+}  # fmt: skip
 """The columns of each kind. `train` in a message is null unless somebody set it; `read_rows` leaves nulls out."""
 
 CARD = "README.md"

@@ -2,12 +2,22 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bloomery.data.pack import IGNORE, Batch
-from bloomery.posttrain.objectives import Aggregation, Baseline, Scale, advantages, row_weights
+from bloomery.posttrain.objectives import (
+    Aggregation,
+    Baseline,
+    Scale,
+    advantages,
+    degenerate,
+    overlong_penalty,
+    row_weights,
+)
+from bloomery.posttrain.rl_config import Overlong
 from bloomery.posttrain.rollouts import Rollouts, Sample
 
 _FEWEST_ROWS = 16
@@ -31,25 +41,41 @@ class Row:
 def micro_batches(
     rollouts: Rollouts, micro_batch_size: int, pad_id: int, aggregation: Aggregation, max_new_tokens: int,
     baseline: Baseline = "group_mean", scale: Scale = "group_std", keep_all: bool = False,
+    overlong: Overlong = Overlong(), active_only: bool = False,
 ) -> list[Batch]:  # fmt: skip
     """The micro-batches of one optimizer step: rows of like length together, at most `micro_batch_size` of them.
 
     Beside the keys of every batch: `advantages` (batch,), `generator_logprobs` (batch, seq), `row_weights` (batch,)
     that multiply each token's loss, and `loss_weight` (1,): this micro-batch's part of the step's denominator.
-    A sample without verdict, and one left alone in its group, is masked: it is neither trained on nor counted. A sample
-    with advantage 0 is counted and, unless `keep_all`, not computed: its gradient is zero.
+    A sample without verdict, one left alone in its group and, with `overlong.filter`, one cut off is masked: it is
+    neither trained on nor counted. A sample with advantage 0 is counted, unless `active_only`, and, unless `keep_all`,
+    not computed: its gradient is zero.
     """
-    values = advantages(rollouts.rewards, rollouts.valid, baseline, scale).flatten()
-    counted = (rollouts.valid & (rollouts.valid.sum(-1, keepdim=True) > 1)).flatten()
-    tokens = torch.tensor([s.tokens for s in rollouts.samples]) * counted
-    group_tokens = tokens.view(rollouts.valid.shape).sum(-1, keepdim=True).expand(rollouts.valid.shape).flatten()
-    weights, parts = row_weights(tokens, aggregation, group_tokens, max_new_tokens)
+    values = _advantages(rollouts, max_new_tokens, baseline, scale, overlong)
+    counted = rollouts.valid & (rollouts.valid.sum(-1, keepdim=True) > 1)
+    if overlong.filter:  # after the advantages: a cut-off sample still is part of its group's baseline
+        counted = counted & ~rollouts.truncated
+    if active_only:
+        counted = counted & (values != 0)
+    tokens = rollouts.lengths * counted
+    group_tokens = tokens.sum(-1, keepdim=True).expand_as(tokens).flatten()
+    weights, parts = row_weights(tokens.flatten(), aggregation, group_tokens, max_new_tokens)
     chosen = counted & (torch.ones_like(counted) if keep_all else values != 0)
-    rows = [Row(rollouts.samples[i], values[i].item(), weights[i].item()) for i in chosen.nonzero().flatten().tolist()]
+    places = chosen.flatten().nonzero().flatten().tolist()
+    rows = [Row(rollouts.samples[i], values.flatten()[i].item(), weights[i].item()) for i in places]
     batches = [_to_batch(part, pad_id) for part in split_by_length(rows, micro_batch_size)]
     for batch in batches:
         batch["loss_weight"] = parts.sum(dtype=torch.float32)[None] / len(batches)
     return batches
+
+
+def _advantages(
+    rollouts: Rollouts, max_new_tokens: int, baseline: Baseline, scale: Scale, overlong: Overlong
+) -> Tensor:
+    """(groups, samples). Of verdicts shaped by length; a group whose bare verdicts are equal teaches nothing."""
+    shaped = rollouts.rewards + overlong_penalty(rollouts.lengths, max_new_tokens, overlong.penalty_tokens)
+    found = advantages(shaped, rollouts.valid, baseline, scale)
+    return found.masked_fill(degenerate(rollouts.rewards, rollouts.valid)[:, None], 0.0)
 
 
 def split_by_length(rows: Sequence[Row], most: int) -> list[list[Row]]:
@@ -83,3 +109,19 @@ def _to_batch(rows: Sequence[Row], pad_id: int) -> Batch:
 
 def _column(values: Iterable[float]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float32)
+
+
+def to_json(batches: Sequence[Batch]) -> list[dict[str, Any]]:
+    """Micro-batches as plain values, to the bit: what a checkpoint keeps of a batch of rollouts that is not used up."""
+    return [
+        {name: (str(value.dtype).removeprefix("torch."), value.tolist()) for name, value in batch.items()}
+        for batch in batches
+    ]
+
+
+def from_json(batches: Sequence[dict[str, Any]]) -> list[Batch]:
+    """The batches that `to_json` was given."""
+    return [
+        {name: torch.tensor(values, dtype=getattr(torch, dtype)) for name, (dtype, values) in batch.items()}
+        for batch in batches
+    ]

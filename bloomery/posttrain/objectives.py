@@ -12,6 +12,7 @@ from torch import Tensor
 Baseline = Literal["group_mean", "leave_one_out"]
 Scale = Literal["group_std", "none", "batch_std"]
 Aggregation = Literal["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+Mismatch = Literal["tis", "mask", "seq_mask", "seq_trunc"]
 
 SPREAD = 1e-8
 """Rewards of a group closer together than this carry no signal."""
@@ -63,13 +64,61 @@ def on_policy(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -torch.exp(logprobs - logprobs.detach()) * advantages
 
 
-def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float = 0.2, high: float = 0.28) -> Tensor:
+def clipped(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float = 0.2, high: float = 0.28,
+    dual: float | None = None,
+) -> Tensor:  # fmt: skip
     """PPO's clipped objective per token, with a wider upper bound ("clip-higher", DAPO section 3.1).
 
-    The ratio π/π_old is held in [1 − low, 1 + high] where moving it further would pay. (batch, seq) → (batch, seq).
+    The ratio π/π_old is held in [1 − low, 1 + high] where moving it further would pay. dual: where A < 0 the loss is at
+    most −dual · A, so that one unlikely token cannot rule a step (dual clip, arXiv 1912.09729).
+    logprobs, old_logprobs (batch, seq), advantages (batch, 1) → (batch, seq).
     """
     ratio = log_ratio(logprobs, old_logprobs).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    if dual is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -dual * advantages), loss)
+
+
+def is_clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Where `clipped` gives no gradient: the ratio has left its bounds in the direction that pays. (batch, seq) bool"""
+    ratio = log_ratio(logprobs, old_logprobs).exp()
+    return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
+
+
+def mismatch_weights(
+    old_logprobs: Tensor, generated: Tensor, mask: Tensor, kind: Mismatch, low: float = 0.5, high: float = 2.0
+) -> Tensor:
+    """Weight of each token's loss where the generator is not exactly the policy: w = π_old / π_generator, no gradient.
+
+    All (batch, seq); 0 outside `mask`. In any kind log w is kept within ±20.
+    - `tis`: min(w, high), truncated importance sampling (Yao et al. 2025, "off-policy RL training").
+    - `mask`: w where low ≤ w ≤ high, else 0.
+    - `seq_mask`: w where low ≤ exp(mean over the completion of log w) ≤ high, else 0 for all of it.
+    - `seq_trunc`: min(exp(sum over the completion of log w), high), for all of it.
+    """
+    gap = log_ratio(old_logprobs, generated).detach().masked_fill(~mask, 0.0)
+    weights = gap.exp()
+    if kind == "tis":
+        weights = weights.clamp(max=high)
+    elif kind == "mask":
+        weights = weights * ((weights >= low) & (weights <= high))
+    elif kind == "seq_mask":
+        mean = (gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+        weights = weights * ((mean >= low) & (mean <= high))
+    else:
+        product = gap.sum(-1, keepdim=True).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+        weights = product.clamp(max=high).expand_as(gap)
+    return weights * mask
+
+
+def overlong_penalty(lengths: Tensor, max_tokens: int, penalty_tokens: int) -> Tensor:
+    """What a completion's length takes from its reward (DAPO eq. 13): 0 up to max_tokens − penalty_tokens, then falling
+    to −1 at max_tokens and beyond. lengths: any shape, tokens → the same shape, fp64. No penalty_tokens: all 0."""
+    if not penalty_tokens:
+        return torch.zeros_like(lengths, dtype=torch.float64)
+    return ((max_tokens - penalty_tokens - lengths.double()) / penalty_tokens).clamp(-1.0, 0.0)
 
 
 def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The objective of reinforcement learning, `(model, batch) → Loss`, and its proof of being on-policy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bloomery.data.pack import IGNORE, Batch
 from bloomery.errors import DivergenceError
 from bloomery.posttrain import objectives
+from bloomery.posttrain.rl_config import Clip, Correction
 from bloomery.train.losses import Loss, Metric, token_logprobs
 
 
@@ -15,20 +16,24 @@ class PolicyGradient:
     """Policy-gradient loss over the micro-batches of `batches.micro_batches`.
 
     temperature: the sampler's, so that log-probabilities are those of the policy that wrote the samples.
-    clip: (low, high) of the clipped objective, whose batches also hold `old_logprobs` (batch, seq); None: on-policy.
+    clip: bounds of the clipped objective, whose batches also hold `old_logprobs` (batch, seq): those of the policy
+    before the first update that learns from these samples; None: on-policy.
     kl: weight of the penalty against `reference_logprobs` (batch, seq); 0: none.
-    max_logprob_gap: largest mean |log π_trainer − log π_generator| of a micro-batch, in nats per token. The two are one
+    correction: weights for a generator that is not exactly the policy; None: none.
+    max_logprob_gap: largest mean |log π_old − log π_generator| of a micro-batch, in nats per token. The two are one
     model computed in two ways; beyond this, `DivergenceError` is raised before anything is learnt.
     """
 
     def __init__(
-        self, temperature: float, max_logprob_gap: float, clip: tuple[float, float] | None = None, kl: float = 0.0
-    ):
-        self.temperature, self.max_logprob_gap, self.clip, self.kl = temperature, max_logprob_gap, clip, kl
-        self.begin({})
+        self, temperature: float, max_logprob_gap: float, clip: Clip | None = None, kl: float = 0.0,
+        correction: Correction | None = None,
+    ):  # fmt: skip
+        self.max_logprob_gap, self.clip, self.kl, self.correction = max_logprob_gap, clip, kl, correction
+        self.begin({}, temperature)
 
-    def begin(self, metrics: Mapping[str, float]) -> None:
+    def begin(self, metrics: Mapping[str, float], temperature: float) -> None:
         """A new step, whose rollouts have these metrics; they are reported with its first micro-batch."""
+        self.temperature = temperature
         self._rollout_metrics: dict[str, Metric] = {name: (value, 1.0) for name, value in metrics.items()}
         self.largest_gap = 0.0
         """Largest gap of a single token in this step, nats."""
@@ -37,9 +42,10 @@ class PolicyGradient:
         """Gradients of `sum`, over `weight`, ascend the expected advantage."""
         logprobs, entropy = token_logprobs(model, batch, self.temperature)
         mask = batch["labels"] != IGNORE
-        losses = self._losses(logprobs, batch)
-        metrics = self._rollout_metrics | self._certify(logprobs.detach(), batch["generator_logprobs"], mask)
+        old = batch.get("old_logprobs", logprobs.detach())
+        metrics = self._rollout_metrics | self._certify(old, batch["generator_logprobs"], mask)
         self._rollout_metrics = {}
+        losses = self._losses(logprobs, old, batch, mask, metrics)
         metrics["entropy"] = (entropy.detach()[mask].sum(), mask.sum())
         if self.kl:
             penalty = objectives.kl_penalty(logprobs, batch["reference_logprobs"])
@@ -47,11 +53,23 @@ class PolicyGradient:
             metrics["reference_kl"] = (penalty.detach()[mask].sum(), mask.sum())
         return Loss(objectives.aggregate(losses, mask, batch["row_weights"]), batch["loss_weight"].sum(), metrics)
 
-    def _losses(self, logprobs: Tensor, batch: Batch) -> Tensor:
-        gain = batch["advantages"][:, None]
-        if self.clip is None:
-            return objectives.on_policy(logprobs, gain)
-        return objectives.clipped(logprobs, batch["old_logprobs"], gain, *self.clip)
+    def _losses(
+        self, logprobs: Tensor, old: Tensor, batch: Batch, mask: Tensor, metrics: dict[str, Metric]
+    ) -> Tensor:  # fmt: skip
+        """Per token, (batch, seq); what was clipped or weighted goes into `metrics`."""
+        gain, clip = batch["advantages"][:, None], self.clip
+        if clip is None:
+            losses = objectives.on_policy(logprobs, gain)
+        else:
+            losses = objectives.clipped(logprobs, old, gain, clip.low, clip.high, clip.dual)
+            clipped = objectives.is_clipped(logprobs.detach(), old, gain, clip.low, clip.high)
+            metrics["clipped"] = (clipped[mask].sum(), mask.sum())
+        if self.correction is None:
+            return losses
+        kind, low, high = self.correction.kind, self.correction.low, self.correction.high
+        weights = objectives.mismatch_weights(old, batch["generator_logprobs"], mask, kind, low, high)
+        metrics["mismatch_weight"] = (weights[mask].sum(), mask.sum())
+        return losses * weights
 
     def _certify(self, logprobs: Tensor, generated: Tensor, mask: Tensor) -> dict[str, Metric]:
         """Compare the trainer's log-probabilities with the generator's. (batch, seq) each."""
@@ -70,9 +88,15 @@ class PolicyGradient:
 
 
 @torch.no_grad()
-def add_reference_logprobs(reference: nn.Module, batches: list[Batch], temperature: float) -> None:
-    """Give each batch the log-probabilities of a frozen model, as `reference_logprobs` (batch, seq)."""
-    device = next(reference.parameters()).device
+def add_logprobs(
+    model: nn.Module, batches: Sequence[Batch], name: str, temperature: float, in_bf16: bool = False
+) -> None:
+    """Give each batch the log-probabilities of `model` as it is now, as `name` (batch, seq).
+
+    in_bf16: the products in bfloat16, as in training, so that the ratio to the same weights there is exactly 1.
+    """
+    device = next(model.parameters()).device
     for batch in batches:
-        here = {name: batch[name].to(device) for name in ("input_ids", "labels")}
-        batch["reference_logprobs"] = token_logprobs(reference, here, temperature)[0].to(batch["labels"].device)
+        here = {key: batch[key].to(device) for key in ("input_ids", "labels")}
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
+            batch[name] = token_logprobs(model, here, temperature)[0].to(batch["labels"].device)

@@ -3,25 +3,37 @@
 Tokens go from the generator to the trainer as they are: text is read by the verifier and never encoded again.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from bloomery import artifact
 from bloomery.data.prompts import Prompt
-from bloomery.errors import BloomeryError
-from bloomery.generate import Completion, Engine, Request, SamplingParams, derive_seed
+from bloomery.generate import Completion, Request, SamplingParams, derive_seed
 from bloomery.posttrain.objectives import degenerate
-from bloomery.verify import Pool, Verdict
+from bloomery.verify import Verdict
+
+
+class Source(Protocol):
+    """What writes completions: an engine, an endpoint, vLLM."""
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """(index, completion) of each request as it finishes."""
+        ...
+
+
+class Judge(Protocol):
+    """What judges them: a verifier pool."""
+
+    def submit(self, verifier: str, completion: str, answer: str) -> "Future[Verdict]":
+        """The verdict, now or later."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,12 +49,24 @@ class Sample:
         """Tokens written, the one that ended it included."""
         return len(self.completion.token_ids)
 
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut off at the longest length."""
+        return self.completion.finish_reason == "length"
+
+
+Group = Sequence[Sample]
+
 
 @dataclass(frozen=True)
 class Rollouts:
-    """`groups[g][j]` is sample j of prompt g: grouped by position, never by the prompt's text or id."""
+    """`groups[g][j]` is sample j of prompt g: grouped by position, never by the prompt's text or id.
 
-    groups: Sequence[Sequence[Sample]]
+    `seconds`: how long they took, by name; the only part that differs between equal runs.
+    """
+
+    groups: Sequence[Group]
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert len({len(group) for group in self.groups}) == 1, "groups of unequal size"
@@ -54,7 +78,7 @@ class Rollouts:
 
     @cached_property
     def rewards(self) -> Tensor:
-        """(groups, samples) fp64; 0 where there is no verdict, which `valid` tells apart."""
+        """(groups, samples) fp64: the bare verdicts; 0 where there is none, which `valid` tells apart."""
         return torch.tensor([[s.verdict.score or 0.0 for s in group] for group in self.groups], dtype=torch.float64)
 
     @cached_property
@@ -62,10 +86,31 @@ class Rollouts:
         """(groups, samples) bool: False where the verifier could not judge."""
         return torch.tensor([[s.verdict.score is not None for s in group] for group in self.groups])
 
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(groups, samples) int64: tokens written."""
+        return torch.tensor([[s.tokens for s in group] for group in self.groups])
+
+    @cached_property
+    def truncated(self) -> Tensor:
+        """(groups, samples) bool: cut off at the longest length."""
+        return torch.tensor([[s.truncated for s in group] for group in self.groups])
+
     @property
-    def has_signal(self) -> bool:
-        """Whether any group holds samples of different reward."""
-        return not bool(degenerate(self.rewards, self.valid).all())
+    def repeated(self) -> float:
+        """Share of prompts whose tokens are those of an earlier prompt here."""
+        return 1 - len({group[0].prompt.ids for group in self.groups}) / len(self.groups)
+
+    def mixed(self, skip_truncated: bool = False) -> list[Group]:
+        """The groups with samples of different reward, which alone teach something.
+
+        By the bare verdicts: a reward shaped by length would make a signal of groups that are all wrong.
+        skip_truncated: cut-off samples are not learnt, so a group needs another one.
+        """
+        flat = degenerate(self.rewards, self.valid)
+        if skip_truncated:
+            flat = flat | (self.truncated | ~self.valid).all(-1)
+        return [group for group, is_flat in zip(self.groups, flat.tolist(), strict=True) if not is_flat]
 
     def metrics(self) -> dict[str, float]:
         """Shares over judged samples, and mean lengths by outcome; a mean over nothing is left out."""
@@ -79,8 +124,9 @@ class Rollouts:
             "groups_all_right": (flat & solved).double().mean().item(),
             "completion_tokens": _mean([s.tokens for s in self.samples]),
             "completion_tokens/right": _mean([s.tokens for s in judged if s.verdict.correct]),
-            "completion_tokens/wrong": _mean([s.tokens for s in judged if not s.verdict.correct]),
-            "truncated": _mean([s.completion.finish_reason == "length" for s in self.samples]),
+            "completion_tokens/wrong": _mean([s.tokens for s in judged if not s.verdict.correct and not s.truncated]),
+            "truncated": _mean([s.truncated for s in self.samples]),
+            "prompts_repeated": self.repeated,
         }
         return {k: v for k, v in (found | self._by_source(judged) | self._statuses()).items() if v is not None}
 
@@ -102,67 +148,75 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def roll_out(
-    engine: Engine, pool: Pool, prompts: Sequence[Prompt], group_size: int, params: SamplingParams,
+    source: Source, judge: Judge, prompts: Sequence[Prompt], group_size: int, params: SamplingParams,
     seed: Sequence[int | str],
 ) -> Rollouts:  # fmt: skip
     """Sample `group_size` completions of each prompt; each is judged while others are still being written.
 
     A sample's seed is derived from (*seed, position of its prompt, its number): the same call writes the same text.
+    A bug of a verifier is raised as soon as the next completion is there, and the rest is not written.
     """
     requests = [
         Request(prompt.ids, params.model_copy(update={"seed": derive_seed(*seed, position, number)}))
         for position, prompt in enumerate(prompts)
         for number in range(group_size)
     ]
+    clock = _Clock()
     pending: dict[int, tuple[Completion, Future[Verdict]]] = {}
-    for index, completion in engine.stream(requests):
+    for index, completion in source.stream(requests):
         prompt = prompts[index // group_size]
-        assert completion.text is not None, "the engine needs a decode function to be judged"
-        pending[index] = completion, pool.submit(prompt.verifier, completion.text, prompt.answer)
+        assert completion.text is not None, "the generator needs a decode function to be judged"
+        future = judge.submit(prompt.verifier, completion.text, prompt.answer)
+        clock.watch(future)
+        pending[index] = completion, future
+        clock.raise_bug()
+    clock.written()
     samples = [
         Sample(prompts[index // group_size], completion, verdict.result())
         for index, (completion, verdict) in sorted(pending.items())
     ]
-    return Rollouts([samples[start : start + group_size] for start in range(0, len(samples), group_size)])
+    groups = [samples[start : start + group_size] for start in range(0, len(samples), group_size)]
+    return Rollouts(groups, clock.seconds())
 
 
-def require_judged(rollouts: Rollouts, max_unjudged: float) -> None:
-    """Stop when more than this share of samples could not be judged: a broken verifier must not steer training."""
-    unjudged = [s for s in rollouts.samples if s.verdict.score is None]
-    if len(unjudged) > max_unjudged * len(rollouts.samples):
-        raise BloomeryError(
-            f"the verifier could not judge {len(unjudged)} of {len(rollouts.samples)} completions (at most "
-            f"{max_unjudged:.0%} allowed); the first reason: {unjudged[0].verdict.reason}. "
-            "Nothing was trained on them; repair the verifier and run the same command to continue"
-        )
+class _Clock:
+    """When completions were handed to the verifier and when their verdicts came."""
 
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._submitted: list[float] = []
+        self._done: list[float] = []
+        self._failed: list[Future[Verdict]] = []
 
-class RolloutStore:
-    """Some steps' samples on disk, one file a step: `rollouts-00010.parquet`."""
+    def watch(self, future: "Future[Verdict]") -> None:
+        """One more completion is being judged."""
+        begun = time.perf_counter()
+        self._submitted.append(begun)
+        future.add_done_callback(lambda ended: self._note(begun, ended))
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def _note(self, begun: float, ended: "Future[Verdict]") -> None:
+        """Called by whichever thread has the verdict."""
+        self._done.append(time.perf_counter() - begun)
+        if not ended.cancelled() and ended.exception() is not None:
+            self._failed.append(ended)
 
-    def write(self, step: int, rollouts: Rollouts) -> None:
-        """Keep the samples of `step`, with the columns of an evaluation's samples."""
-        table = pa.Table.from_pylist(list(_rows(step, rollouts)))
-        with artifact.replacing(self.folder / f"rollouts-{step:05d}.parquet") as temporary:
-            pq.write_table(table, temporary)
+    def raise_bug(self) -> None:
+        """What a verifier raised, if one did."""
+        if self._failed:
+            self._failed[0].result()
 
-    def rewind(self, step: int) -> None:
-        """Forget what a resumed run will write again: everything after `step`."""
-        for file in self.folder.glob("rollouts-*.parquet"):
-            if int(file.stem.rpartition("-")[2]) > step:
-                file.unlink()
+    def written(self) -> None:
+        """All completions are there."""
+        self._written = time.perf_counter()
 
-
-def _rows(step: int, rollouts: Rollouts) -> Iterator[dict[str, Any]]:
-    for group in rollouts.groups:
-        for number, s in enumerate(group):
-            yield {
-                "step": step, "id": s.prompt.id, "source": s.prompt.source,
-                "prompt": [{"role": m["role"], "content": m["content"]} for m in s.prompt.messages],
-                "completion": s.completion.text, "answer": s.prompt.answer, "score": s.verdict.score,
-                "status": s.verdict.status, "reason": s.verdict.reason, "tokens": s.tokens,
-                "finish_reason": s.completion.finish_reason, "sample": number,
-            }  # fmt: skip
+    def seconds(self) -> dict[str, float]:
+        """`decode`; `reward`, from the first completion handed over to the last verdict; `reward_wait`, the part of it
+        that no decoding hides; quantiles of one verdict's, the time in the queue included."""
+        now, waits = time.perf_counter(), sorted(self._done) or [0.0]
+        return {
+            "decode_seconds": self._written - self._start,
+            "reward_seconds": now - self._submitted[0],
+            "reward_wait_seconds": now - self._written,
+            "verdict_p50_seconds": waits[len(waits) // 2],
+            "verdict_p99_seconds": waits[min(len(waits) - 1, len(waits) * 99 // 100)],
+        }

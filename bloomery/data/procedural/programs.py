@@ -28,6 +28,7 @@ class ProgramOptions(Config):
         description="linear: a x + b from two examples; the others: a described function over that type",
     )  # fmt: skip
     max_constant: int = Field(default=20, ge=2, description="largest constant in a program")
+    max_slope: int | None = Field(default=None, ge=2, description="linear: largest a; max_constant where not given")
     cases: int = Field(default=8, ge=1, description="hidden tests per problem")
 
 
@@ -79,7 +80,8 @@ def programs(options: ProgramOptions, random: Random) -> Iterator[Draft]:
 
 
 def _linear(options: ProgramOptions, random: Random) -> Draft:
-    slope, offset = random.randint(2, options.max_constant), random.randint(0, options.max_constant)
+    slope = random.randint(2, options.max_slope or options.max_constant)
+    offset = random.randint(0, options.max_constant)
     low, high = sorted(random.sample(range(1, 10), 2))
     at_low, at_high = slope * low + offset, slope * high + offset
     unseen = [x for x in range(-50, 100) if x not in (low, high)]
@@ -89,7 +91,8 @@ def _linear(options: ProgramOptions, random: Random) -> Draft:
         body=f"    return {slope} * x + {offset}",
         cases=[(x, slope * x + offset) for x in random.sample(unseen, options.cases)],
         steps=(f"{at_high}-{at_low}={at_high - at_low}", f"{high}-{low}={high - low}",
-               f"{at_high - at_low}/{high - low}={slope}", f"{at_low}-{slope}*{low}={offset}"),
+               f"{at_high - at_low}/{high - low}={slope}", f"{slope}*{low}={slope * low}",
+               f"{at_low}-{slope * low}={offset}"),
     )  # fmt: skip
 
 
