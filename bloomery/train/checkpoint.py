@@ -98,11 +98,15 @@ class Checkpoints:
     def _write(self, step: int, tensors: Shards, plain: dict[str, object]) -> None:
         final = self.directory / f"step-{step:08d}"
         temporary = self.directory / f".{final.name}.tmp"
-        with artifact.explained(final):
-            self._together(lambda: _emptied(temporary) if self.peers.is_main else None)
-            shards.save(tensors, temporary, self.peers.group)
-            written = self._together(lambda: _digests(temporary, self.peers.rank))
-            self._together(lambda: self._finish(temporary, final, written, plain) if self.peers.is_main else None)
+        try:
+            with artifact.explained(final):
+                self._together(lambda: _emptied(temporary) if self.peers.is_main else None)
+                shards.save(tensors, temporary, self.peers.group)
+                written = self._together(lambda: _digests(temporary, self.peers.rank))
+                self._together(lambda: self._finish(temporary, final, written, plain) if self.peers.is_main else None)
+        finally:
+            if self.peers.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _finish(self, temporary: Path, final: Path, written: list[dict[str, str]], plain: dict[str, object]) -> None:
         """Rank 0's part when all have written: what names a checkpoint whole, its place, and the end of old ones."""

@@ -27,7 +27,11 @@ def trained(config, state=None):
 
 
 def everything(state):
-    moments = [v for entry in state.optimizer.state.values() for v in entry.values()]
+    moments = [
+        value
+        for parameter in state.model.parameters()
+        for _, value in sorted(state.optimizer.state.get(parameter, {}).items())
+    ]
     return [*state.model.state_dict().values(), *moments]
 
 
