@@ -92,6 +92,11 @@ class Mapping(Config):
         """All ranks."""
         return self.stage_size * self.pipeline
 
+    @property
+    def token_unit(self) -> int:
+        """What the tokens of a sequence are a multiple of: two equal runs a place on context, cut by tensor."""
+        return 2 * self.context * self.tensor if self.context > 1 else self.tensor
+
     def sizes(self, family: Family) -> dict[str, int]:
         """Axis → degree of a family's grid, outermost first."""
         return {axis: getattr(self, axis) for axis in AXES[family]}
@@ -135,12 +140,12 @@ class Mapping(Config):
             f"{self.world_size}, but there are {world} ranks; for {degree} {getattr(self, degree)} choose {choices}"
         )
 
-    def check_model(self, model: ModelConfig, seq_len: int, where: str = "") -> None:
-        """Raises `ConfigError` for the first degree that does not divide what it shares."""
-        for degree, name, size in _shared(self, model, seq_len):
+    def check_model(self, model: ModelConfig, seq_len: int | None = None, where: str = "") -> None:
+        """Raises `ConfigError` for the first degree that does not divide what it shares; seq_len: tokens, if known."""
+        for degree, name, size in _shared(self, model):
             _check_divides(f"{where}.{degree}" if where else degree, getattr(self, degree), name, size)
-        unit = 2 * self.context * self.tensor if self.context > 1 else self.tensor
-        if seq_len % unit:
+        unit = self.token_unit
+        if seq_len is not None and seq_len % unit:
             raise ConfigError(
                 f"{where or 'mapping'}: a sequence of {seq_len} tokens is no multiple of {_unit(self)} = {unit}; "
                 f"choose {seq_len - seq_len % unit or unit} or {seq_len + unit - seq_len % unit} tokens"
@@ -161,16 +166,17 @@ def axis_groups(sizes: Sizes[str, int], axes: tuple[str, ...]) -> np.ndarray:
     return ranks.transpose(kept + free).reshape(-1, math.prod(sizes[name] for name in axes))
 
 
-def _shared(mapping: Mapping, model: ModelConfig, seq_len: int) -> list[tuple[str, str, int]]:
+def _shared(mapping: Mapping, model: ModelConfig) -> list[tuple[str, str, int]]:
     """(degree, what it shares, how many there are) for every layer kind of the model."""
     found = []
     if "*" in model.pattern:
         found.append(("tensor", "num_attention_heads", model.num_attention_heads))
         # With fewer key heads than ranks, several ranks hold the same one.
-        if mapping.tensor < model.num_key_value_heads:
+        if mapping.tensor % model.num_key_value_heads:
             found.append(("tensor", "num_key_value_heads", model.num_key_value_heads))
     if "M" in model.pattern:
-        found.append(("tensor", "mamba_num_heads", model.mamba_num_heads))
+        # Whole groups, whose norm and whose B and C then need nothing of other ranks.
+        found.append(("tensor", "n_groups", model.n_groups))
     if "-" in model.pattern:
         found.append(("tensor", "intermediate_size", model.intermediate_size))
     if "E" in model.pattern:

@@ -123,10 +123,20 @@ def test_degrees_that_do_not_divide_the_model(degrees, seq_len, message):
 
 def test_more_ranks_than_key_heads_share_them_and_a_dense_model_has_no_experts():
     Mapping.over(8, tensor=8).check_model(MODEL, 64)
+    uneven = MODEL.model_copy(update={"num_attention_heads": 12, "num_key_value_heads": 4})
+    with pytest.raises(ConfigError, match="tensor: 6 does not divide num_key_value_heads 4; choose 1, 2 or 4"):
+        Mapping.over(6, tensor=6).check_model(uneven, 60)
     dense = MODEL.model_copy(update={"pattern": "*-", "intermediate_size": 64})
     Mapping.over(8, tensor=4).check_model(dense, 64)
     with pytest.raises(ConfigError, match="expert: 2 does not divide one: the model has no experts"):
         Mapping.over(8, expert=2).check_model(dense, 64)
+
+
+def test_a_rank_takes_whole_groups_of_mamba_heads():
+    mamba = MODEL.model_copy(update={"pattern": "M", "mamba_num_heads": 8, "n_groups": 2})
+    Mapping.over(2, tensor=2).check_model(mamba)
+    with pytest.raises(ConfigError, match="tensor: 4 does not divide n_groups 2; choose 1 or 2"):
+        Mapping.over(4, tensor=4).check_model(mamba)
 
 
 def test_a_mapping_survives_its_own_dump():
