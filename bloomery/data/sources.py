@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+from pydantic import field_validator
+
 from bloomery.config import Config, Field, RawPath
 from bloomery.data import read
 from bloomery.data.dataset import text_of
@@ -145,6 +147,14 @@ class ProceduralSource(Source):
         default=None, description="shares of the solution styles direct and stepwise"
     )
     options: dict[str, Any] = Field(default={}, description="settings of the task")
+
+    @field_validator("options")
+    @classmethod
+    def _of_the_task(cls, options: dict[str, Any]) -> dict[str, Any]:
+        misplaced = [name for name in options if name in cls.model_fields]
+        if misplaced:
+            raise ValueError(f"{misplaced[0]} is a field of the source, beside options; move it there")
+        return options
 
     def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
         """Each problem as text, chat or prompt."""

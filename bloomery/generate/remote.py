@@ -5,13 +5,15 @@ growing, jittered pauses, and the pauses that a server asks for by `Retry-After`
 """
 
 import asyncio
+import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import openai
 
@@ -22,6 +24,15 @@ from bloomery.generate.request import Completion, Request
 _ENDS = ("stop", "length", "abort")
 _TOKEN = "token_id:"
 Answer = tuple[str, Completion] | BaseException | None
+ReloadingServer = Literal["vllm", "sglang"]
+_RELOADS: dict[ReloadingServer, Callable[[str], list[tuple[str, dict[str, Any] | None]]]] = {
+    "vllm": lambda folder: [
+        ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}),
+        ("/reset_prefix_cache", None),
+    ],
+    "sglang": lambda folder: [("/update_weights_from_disk", {"model_path": folder, "flush_cache": True})],
+}
+"""What each server is asked, outside OpenAI's API, to take new weights: (path, body) in order."""
 
 
 class RemoteEngine:
@@ -34,8 +45,6 @@ class RemoteEngine:
     text. prices: per million prompt and completion tokens, for `ledger.cost`.
     """
 
-    weight_version = 0
-
     def __init__(
         self, base_url: str, model: str, *, api_key: str | None = None, concurrency: int = 32,
         timeout_seconds: float = 600.0, max_retries: int = 8, journal: Path | None = None, text_only: bool = False,
@@ -44,6 +53,7 @@ class RemoteEngine:
         if concurrency < 1:
             raise ConfigError(f"concurrency: {concurrency}; expected at least 1")
         self.base_url, self.model, self.text_only = base_url, model, text_only
+        self.weight_version = 0
         self.ledger = Ledger(*(prices or (None, None)))
         self._journal, self._concurrency = journal, concurrency
         self._client_settings: dict[str, Any] = {
@@ -64,6 +74,27 @@ class RemoteEngine:
         for index, request in enumerate(requests):
             self._check(index, request)
         return self._run(requests)
+
+    def sync(self, folder: Path, server: ReloadingServer) -> None:
+        """Have the endpoint take the weights in `folder`, a model directory that it can read, and forget what it
+        remembers of prompts; a new `weight_version`. Raises `BloomeryError` with the endpoint's words where it does not.
+        """
+        for path, body in _RELOADS[server](str(folder.absolute())):
+            self._post(path, body)
+        self.weight_version += 1
+
+    def _post(self, path: str, body: dict[str, Any] | None) -> None:
+        url = self.base_url.rstrip("/").removesuffix("/v1") + path
+        headers = {"content-type": "application/json", "authorization": f"Bearer {self._client_settings['api_key']}"}
+        asked = urllib.request.Request(url, json.dumps(body or {}).encode(), headers)
+        try:
+            with urllib.request.urlopen(asked, timeout=self._client_settings["timeout"]) as answer:
+                said = answer.read().decode(errors="replace")
+        except OSError as error:  # HTTP statuses too
+            hint = "; vLLM has it under VLLM_SERVER_DEV_MODE=1" if path == "/collective_rpc" else ""
+            raise BloomeryError(f"{url}: the endpoint did not take new weights: {error}{hint}") from None
+        if '"success":false' in said.replace(" ", "").lower():
+            raise BloomeryError(f"{url}: the endpoint did not take new weights: {said[:300]}")
 
     def _check(self, index: int, request: Request) -> None:
         params = request.params

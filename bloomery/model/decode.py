@@ -153,7 +153,7 @@ class MoEStep:
         return x.addcmul_(self._shared_gate(normed).sigmoid_(), shared).add_(routed)
 
     def _routed(self, x: Tensor) -> Tensor:
-        indices, weights, _scores = self._router(x)
+        indices, weights, *_ = self._router(x)
         if self._into is not None:
             x = self._into(x)
         if indices.numel() <= self._few.experts:

@@ -131,15 +131,6 @@ class Decoder(nn.Module):
             return self.rope(context.positions, context.total)
         return self.rope(position_ids, int(position_ids.max()) + 1)
 
-    def balance_loss(self) -> Tensor | None:
-        """Mean load-balancing loss of the E layers in the last training forward, with gradient; `None` without any."""
-        losses = [layer.mixer.balance for layer in self.layers if isinstance(layer.mixer, MoE)]
-        return (
-            torch.stack([loss for loss in losses if loss is not None]).mean()
-            if any(x is not None for x in losses)
-            else None
-        )
-
 
 def _check(input_ids: Tensor, segment_ids: Tensor | None, state: DecodeState | None, lengths: Tensor | None) -> None:
     if input_ids.dim() != 2 or input_ids.numel() == 0:

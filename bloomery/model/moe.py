@@ -1,6 +1,6 @@
 """Mixture of experts: top-k routing, experts as stacked matrices, optional shared experts.
 
-Router with sigmoid scores and selection bias: arXiv 2412.19437 §2.1.2; balance loss: arXiv 2101.03961 §2.2.
+Router with sigmoid scores and selection bias: arXiv 2412.19437 §2.1.2. How the load is kept even: `model.balance`.
 """
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bloomery.model import activation
+from bloomery.model.balance import Balancing, Routing
 from bloomery.model.config import ModelConfig
 from bloomery.model.layers import MLP
 
@@ -26,10 +27,11 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
         self.e_score_correction_bias: Tensor | None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (tokens, hidden) → expert indices and weights (tokens, k), and scores (tokens, experts), float32."""
+    def forward(self, x: Tensor) -> Routing:
+        """x (tokens, hidden) → where they go, in float32 or better."""
+        exact = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
+            logits = F.linear(x.to(exact), self.weight.to(exact))
         scores = logits.sigmoid() if self.config.router_activation == "sigmoid" else logits.softmax(-1)
         bias = self.e_score_correction_bias
         choice = scores if bias is None else scores + bias
@@ -39,7 +41,7 @@ class Router(nn.Module):
         weights = scores.gather(1, indices)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return indices, weights * self.config.routed_scaling_factor, scores
+        return Routing(indices, weights * self.config.routed_scaling_factor, scores, logits)
 
     def _best_groups(self, choice: Tensor) -> Tensor:
         """`choice` (tokens, experts) with −∞ outside the `topk_group` groups whose two best experts sum highest."""
@@ -77,7 +79,8 @@ def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    if any(size * x.element_size() % _ALIGNED_BYTES for size in weight.shape[1:]):
+    aligned = not any(size * x.element_size() % _ALIGNED_BYTES for size in weight.shape[1:])
+    if not aligned or x.dtype == torch.float64:  # which the kernel does not know
         rows = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         return torch.cat([F.linear(part, matrix) for part, matrix in zip(x.split(rows), weight, strict=True)])
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
@@ -87,17 +90,17 @@ class Dispatch(nn.Module):
     """Brings tokens to experts and back. Swap point: replace `moe.dispatch` for expert parallelism or a kernel."""
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -> Tensor:
-        """x (tokens, width), indices and weights (tokens, k) → weighted sum of the chosen experts (tokens, width)."""
-        choices = indices.shape[1]
+        """x (…, width), indices and weights (tokens, k) → weighted sum of the chosen experts, the shape of x."""
+        shape, x, choices = x.shape, x.flatten(0, -2), indices.shape[1]
         order = indices.flatten().argsort(stable=True)
         counts = torch.bincount(indices.flatten(), minlength=len(experts.up_proj))
         out = experts(x.index_select(0, order // choices), counts)
         out = out * weights.flatten()[order, None]
-        return torch.zeros_like(x, dtype=out.dtype).index_add(0, order // choices, out).to(x.dtype)
+        return torch.zeros_like(x, dtype=out.dtype).index_add(0, order // choices, out).to(x.dtype).view(shape)
 
 
 class MoE(nn.Module):
-    """The `E` mixer. `balance` holds the last call's load-balancing loss, 1 when the experts share the load evenly."""
+    """The `E` mixer."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -109,27 +112,21 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config, shared) if shared else None
         self.shared_expert_gate = nn.Linear(d, 1, bias=False) if config.shared_expert_gate else None
         self.dispatch = Dispatch()
-        self.balance: Tensor | None = None
+        self.balancing = Balancing(self.gate.e_score_correction_bias is not None, config.pattern.count("E"))
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        tokens = x.flatten(0, -2)
-        indices, weights, scores = self.gate(tokens)
-        self.balance = balance_loss(indices, scores) if self.training else None
-        out = self._routed(tokens, indices, weights).view_as(x)
+        """x (batch, seq, hidden) → the same shape."""
+        routing = self.gate(x.flatten(0, -2))
+        weights = routing.weights
+        if self.training and torch.is_grad_enabled():
+            weights = self.balancing(routing, len(x))
+        out = self._routed(x, routing.indices, weights)
         if self.shared_experts is None:
             return out
         shared = self.shared_experts(x)
         return out + (shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared)
 
-    def _routed(self, tokens: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def _routed(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         if self.fc1_latent_proj is None or self.fc2_latent_proj is None:
-            return self.dispatch(tokens, indices, weights, self.experts)
-        return self.fc2_latent_proj(self.dispatch(self.fc1_latent_proj(tokens), indices, weights, self.experts))
-
-
-def balance_loss(indices: Tensor, scores: Tensor) -> Tensor:
-    """experts · Σ_e (share of choices that fell on e) · (mean normalised score of e): 1 at perfect balance."""
-    experts = scores.shape[-1]
-    share = torch.bincount(indices.flatten(), minlength=experts) / indices.numel()
-    probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
-    return experts * (share * probability).sum()
+            return self.dispatch(x, indices, weights, self.experts)
+        return self.fc2_latent_proj(self.dispatch(self.fc1_latent_proj(x), indices, weights, self.experts))

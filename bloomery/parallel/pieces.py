@@ -109,10 +109,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a parameter of one rank belongs, and over which axes of the mapping its gradient is summed."""
+    """Where a parameter of one rank belongs, and over which axes of the mapping its gradient is summed.
+
+    copies: ranks that hold the same piece and do not lie along those axes, with the same gradient before that sum; key
+    heads fewer than ranks along tensor.
+    """
 
     piece: Piece
     summed_over: tuple[str, ...]
+    copies: int = 1
 
 
 def _narrow(shape: Shape, dim: int, start: int, size: int) -> Box:

@@ -107,12 +107,15 @@ class ModelWork:
         even: as many layers in each instead, which is how published runs were cut.
         """
         kinds = [*self.model.pattern]
-        costs = [sum(self.flops[kind]) for kind in kinds]
         size = math.ceil(len(kinds) / pipeline)
-        cuts = [i * size for i in range(1, pipeline)] if even else _cuts(costs, sum(self.flops[HEAD]), pipeline)
+        cuts = [i * size for i in range(1, pipeline)] if even else self.cuts(pipeline)
         found = [Counter(kinds[start:end]) for start, end in itertools.pairwise([0, *cuts, len(kinds)])]
         found[-1][HEAD] = 1
         return tuple(found)
+
+    def cuts(self, pieces: int) -> list[int]:
+        """The layers at which all pieces but the first begin, so that the most operations of any are fewest."""
+        return _cuts([sum(self.flops[kind]) for kind in self.model.pattern], sum(self.flops[HEAD]), pieces)
 
     def held(self, mapping: Mapping, stages: tuple[Counter[str], ...]) -> tuple[Parameters, ...]:
         """Weights of a rank of each stage, before anything is sharded over data."""

@@ -1,34 +1,39 @@
 """The stage `rl`: strictly on-policy GRPO on prompts with verifiable answers.
 
 Each optimizer step samples groups of completions from the current weights, judges them, and takes one
-policy-gradient step on them (AceReason-Nemotron, arXiv 2505.16400: no KL, no entropy bonus, token mean).
+policy-gradient step on them (AceReason-Nemotron, arXiv 2505.16400: no KL, no entropy bonus, token mean). The published
+variants of it are settings.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import model_validator
 
 from bloomery import artifact
 from bloomery.artifact import Manifest, Output
-from bloomery.config import RUN_ONLY, Config, DatasetDir, Field, ModelDir
 from bloomery.data.chat import stop_token_ids
+from bloomery.data.dataset import write_card
 from bloomery.data.document import Drops
 from bloomery.data.pack import Batch
 from bloomery.data.prompts import Prompt, load_prompts
-from bloomery.errors import ArtifactError
-from bloomery.generate import Engine, SamplingParams
+from bloomery.errors import ArtifactError, DivergenceError
 from bloomery.model import hf
 from bloomery.model.decoder import Decoder
-from bloomery.posttrain.batches import micro_batches
-from bloomery.posttrain.objectives import Aggregation, Baseline, Scale
-from bloomery.posttrain.policy import PolicyGradient, add_reference_logprobs
-from bloomery.posttrain.rollouts import Rollouts, RolloutStore
-from bloomery.posttrain.sampler import Sampler, winnable
-from bloomery.train.loop import LoopConfig, TrainState
+from bloomery.posttrain.audit import stored_rows
+from bloomery.posttrain.batches import from_json, micro_batches, to_json
+from bloomery.posttrain.curate import PassRate, pass_rates
+from bloomery.posttrain.curriculum import AllSolved, Curriculum
+from bloomery.posttrain.generators import Generator, open_generator
+from bloomery.posttrain.policy import PolicyGradient, add_logprobs
+from bloomery.posttrain.rl_config import RLConfig
+from bloomery.posttrain.rollouts import Rollouts
+from bloomery.posttrain.sampler import Drawn, Sampler, distinct, winnable
+from bloomery.posttrain.traces import RolloutStore
+from bloomery.progress import say
+from bloomery.train.loop import TrainState, computes_in_bf16
 from bloomery.train.model_folder import ModelFolder, open_model, placed
 from bloomery.train.optim import adamw
 from bloomery.train.run import resumable
@@ -37,127 +42,140 @@ from bloomery.verify import Pool, self_test
 _ENDS = 5
 
 
-class RLConfig(Config):
-    """Train a model on its own answers."""
-
-    model: ModelDir = Field(description="the model to start from: a stage's folder or a Hugging Face directory")
-    prompts: DatasetDir = Field(description="dataset of kind prompts; one too long for the context is left out")
-    num_prompts: int = Field(gt=0, description="prompts per optimizer step")
-    group_size: int = Field(default=8, ge=2, description="completions of each prompt, compared with each other")
-    max_new_tokens: int = Field(gt=0, description="longest completion, tokens")
-    temperature: float = Field(default=1.0, gt=0, description="divides the logits, in sampling and in training")
-    baseline: Baseline = Field(default="group_mean", description="what a reward is compared with")
-    advantage_scale: Scale = Field(default="group_std", description="what the comparison is divided by")
-    aggregation: Aggregation = Field(default="token_mean", description="how token losses become one number")
-    kl: float = Field(default=0.0, ge=0, description="weight of the penalty for leaving the first model; 0: none")
-    require_think: bool = Field(default=False, description="an answer counts only behind a </think>")
-    max_redraws: int = Field(
-        default=20, ge=0, description="times in a row that other prompts are drawn when no group has any signal"
-    )
-    max_logprob_gap: float = Field(
-        default=0.05, gt=0, description="stop where trainer and generator differ by more, mean nats per token"
-    )
-    max_unjudged: float = Field(
-        default=0.05, ge=0, le=1, description="stop where a larger share of a step's completions cannot be judged"
-    )
-    loop: LoopConfig = Field(description="how it is optimised; batch_size is num_prompts × group_size, leave it out")
-    seed: int = Field(default=0, description="seed of the order of prompts and of the sampling")
-    max_batch: int = Field(default=256, gt=0, description="sequences decoded at a time", json_schema_extra=RUN_ONLY)
-    workers: int = Field(default=2, gt=0, description="processes that judge", json_schema_extra=RUN_ONLY)
-    store_every_steps: int = Field(
-        default=20, gt=0, description="steps between stored samples; the last are kept", json_schema_extra=RUN_ONLY
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_batch_size(cls, data: Any) -> Any:
-        loop = data.get("loop") if isinstance(data, dict) else None
-        if not isinstance(loop, dict) or "batch_size" in loop:
-            return data
-        sizes = data.get("num_prompts"), data.get("group_size", cls.model_fields["group_size"].default)
-        if not all(isinstance(size, int) for size in sizes):
-            return data
-        return {**data, "loop": {**loop, "batch_size": sizes[0] * sizes[1]}}
-
-    @model_validator(mode="after")
-    def _one_step_a_rollout(self) -> Self:
-        samples = self.num_prompts * self.group_size
-        if self.loop.batch_size != samples:
-            raise ValueError(
-                f"loop.batch_size: {self.loop.batch_size}, but one optimizer step learns from num_prompts × "
-                f"group_size = {samples} completions; leave batch_size out"
-            )
-        return self
-
-
 def run(config: RLConfig, out: Path) -> Manifest:
     """Stage `rl`: writes `model/` and some steps' samples in `data/`; resumes from its newest checkpoint."""
     with Output(out, "rl", config) as output:
         if output.done:
             return artifact.read_manifest(output.path)  # type: ignore[return-value]
         start, drops = open_model(config.model), Drops()
-        prompts = _load_prompts(config, start, drops)
+        prompts = distinct(_load_prompts(config, start, drops), drops)
         self_test(sorted({prompt.verifier for prompt in prompts}))
         model = placed(hf.load(start.path, dtype=torch.float32))
         with Pool(config.workers, require_think=config.require_think) as pool:
-            prompts = winnable(prompts, pool, config.require_think, drops)
-            _train(config, output, start, _sampler(config, start, model, prompts, pool))
+            if config.check_answers:
+                prompts = winnable(prompts, pool, config.require_think, drops)
+            curriculum = Curriculum(prompts, config.seed, config.drop_solved, _rates_before(config))
+            generator = _generator(config, output, start, model, prompts)
+            sampler = Sampler(generator, pool, curriculum, stop_token_ids(start.tokenizer), config)
+            solved = _Training(config, output, start, model, sampler).run()
         hf.save(model, output.model)
         start.tokenizer.save(output.model)
-        return output.finish("model", _summary(output, prompts, drops))
+        return output.finish("model", _summary(output, prompts, drops) | ({"all_solved": True} if solved else {}))
 
 
 def _load_prompts(config: RLConfig, start: ModelFolder, drops: Drops) -> list[Prompt]:
-    return load_prompts(config.prompts, start.tokenizer, start.room(config.max_new_tokens), drops)
+    return load_prompts(config.prompts, start.tokenizer, start.room(config.longest), drops)
 
 
-def _sampler(
-    config: RLConfig, start: ModelFolder, model: Decoder, prompts: Sequence[Prompt], pool: Pool
-) -> Sampler:  # fmt: skip
-    """With an engine as large as the longest prompt and completion need."""
-    window = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
-    rows = min(config.max_batch, config.num_prompts * config.group_size)
-    params = SamplingParams(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        stop_token_ids=tuple(stop_token_ids(start.tokenizer)),
+def _rates_before(config: RLConfig) -> dict[str, PassRate]:
+    return {} if config.rollouts is None else pass_rates(stored_rows(config.rollouts))
+
+
+def _generator(
+    config: RLConfig, output: Output, start: ModelFolder, model: Decoder, prompts: Sequence[Prompt]
+) -> Generator:
+    """As large as the longest prompt and completion need."""
+    window = max(len(prompt.ids) for prompt in prompts) + config.longest
+    rows = min(config.max_batch, config.num_prompts * max(each.group_size for each in config.samplings()))
+    return open_generator(
+        config.generator, model, start.path, output.checkpoints, rows, window, start.tokenizer.decode
     )  # fmt: skip
-    return Sampler(
-        Engine(model, rows, window, decode=start.tokenizer.decode), pool, prompts, config.num_prompts,
-        config.group_size, params, config.seed, config.max_redraws, config.max_unjudged,
-    )  # fmt: skip
 
 
-def _train(config: RLConfig, output: Output, start: ModelFolder, sampler: Sampler) -> None:
-    """Train the sampler's model to the end. Metrics of a step's samples are logged with the step."""
-    model, loop = sampler.engine.model, config.loop
-    state = TrainState(model, adamw(model, loop))
-    objective = PolicyGradient(config.temperature, config.max_logprob_gap, kl=config.kl)
-    reference = placed(hf.load(start.path, torch.float32)) if config.kl else None
-    store = RolloutStore(output.data)
+class _Training:
+    """One run: the sampler's rollouts, step after step, into the model."""
 
-    def batches_from(_: int) -> Iterator[list[Batch]]:
-        store.rewind(state.step)
+    def __init__(self, config: RLConfig, output: Output, start: ModelFolder, model: Decoder, sampler: Sampler):
+        self.config, self.output, self.sampler, self.pad_id = config, output, sampler, start.pad_id
+        self.state = TrainState(model, adamw(model, config.loop))
+        limits = config.tripwires
+        self.objective = PolicyGradient(
+            config.temperature, limits.max_logprob_gap, config.clip, config.kl, config.correction
+        )
+        self.reference = placed(hf.load(start.path, torch.float32)) if config.kl else None
+        self.store = RolloutStore(output.data)
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> bool:
+        """To the last step, or until every prompt is solved: then True. Metrics of a step's samples are logged with it.
+
+        What made a tripwire stop the run is stored as the rollouts of the step that was not taken.
+        """
+        state, loop = self.state, self.config.loop
+        write_card(self.output.path, {"train": f"{artifact.DATA}/*.parquet"})
+        try:
+            for step in resumable(self.output, state, self._batches, self.objective, loop, headline="accuracy"):
+                if step.step == loop.max_steps or step.step % loop.log_every_steps == 0:
+                    self.output.metrics.log(step.step, logprob_gap_max=self.objective.largest_gap, **self.seconds)
+                self.sampler.watch.see({"entropy": step.metrics["entropy"]}, state.extra)
+        except AllSolved:
+            say(f"rl  every prompt is solved after step {state.step}; the stage ends here")
+            return True
+        except DivergenceError:
+            if self.sampler.latest is not None:
+                self.store.write(state.step + 1, self.sampler.latest)
+            raise
+        return False
+
+    def _batches(self, _: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step. Several updates share the rollouts of one draw: those still to come are kept
+        in the state, so that a cut run learns from the same."""
+        self.store.rewind(self.state.step)
         while True:
-            rollouts, redrawn = sampler.draw(state.extra)
-            objective.begin(rollouts.metrics() | {"redrawn": redrawn})
-            batches = _micro_batches(config, rollouts, start.pad_id)
-            if reference is not None:
-                add_reference_logprobs(reference, batches, config.temperature)
-            yield batches
+            waiting = self.state.extra.pop("waiting", [])
+            if waiting:
+                self.objective.begin({}, self.state.extra["temperature"])
+                self.seconds = {}
+                yield self._keep(waiting[1:], from_json(waiting[0]))
+                continue
+            drawn = self.sampler.draw(self.state.step + 1, self.state.extra)
+            self._store_if_due(drawn.rollouts)
+            self.objective.begin(drawn.metrics, drawn.sampling.temperature)
+            self.seconds = dict(drawn.rollouts.seconds)
+            self.state.extra["temperature"] = drawn.sampling.temperature
+            first, *later = self._parts(drawn)
+            yield self._keep([to_json(part) for part in later], first)
 
-    for step in resumable(output, state, batches_from, objective, loop, headline="accuracy"):
-        last = step.step == loop.max_steps
-        if last or step.step % loop.log_every_steps == 0:
-            output.metrics.log(step.step, logprob_gap_max=objective.largest_gap)
-        if sampler.latest and (last or step.step % config.store_every_steps == 0):
-            store.write(step.step, sampler.latest)
+    def _keep(self, waiting: list[Any], batches: list[Batch]) -> list[Batch]:
+        if waiting:
+            self.state.extra["waiting"] = waiting
+        return batches
 
+    def _parts(self, drawn: Drawn) -> list[list[Batch]]:
+        """The micro-batches of each update that learns from these rollouts; an update without signal is left out."""
+        config, temperature = self.config, drawn.sampling.temperature
+        groups, count = drawn.rollouts.groups, config.updates_per_batch
+        cuts = [len(groups) * number // count for number in range(count + 1)]
+        pairs = zip(cuts, cuts[1:], strict=False)
+        parts = [self._micro_batches(Rollouts(groups[low:high]), drawn) for low, high in pairs if high > low]
+        parts = [part for part in parts if part]
+        model, in_bf16 = self.state.model, self._in_bf16
+        for part in parts:
+            if self.reference is not None:
+                add_logprobs(self.reference, part, "reference_logprobs", temperature, in_bf16)
+            if config.clip is not None:
+                add_logprobs(model, part, "old_logprobs", temperature, in_bf16)
+        return parts
 
-def _micro_batches(config: RLConfig, rollouts: Rollouts, pad_id: int) -> list[Batch]:
-    return micro_batches(
-        rollouts, config.loop.micro_batch_size, pad_id, config.aggregation, config.max_new_tokens, config.baseline,
-        config.advantage_scale, keep_all=config.kl > 0,
-    )  # fmt: skip
+    @property
+    def _in_bf16(self) -> bool:
+        model = self.state.model
+        return computes_in_bf16(self.config.loop, model, next(model.parameters()).device)
+
+    def _micro_batches(self, rollouts: Rollouts, drawn: Drawn) -> list[Batch]:
+        config = self.config
+        return micro_batches(
+            rollouts, config.loop.micro_batch_size, self.pad_id, config.aggregation, drawn.sampling.max_new_tokens,
+            config.baseline, config.advantage_scale, keep_all=config.kl > 0, overlong=config.overlong,
+            active_only=config.denominator == "active",
+        )  # fmt: skip
+
+    def _store_if_due(self, rollouts: Rollouts) -> None:
+        """At the first of the steps that learn from them."""
+        first = self.state.step + 1
+        steps = range(first, first + self.config.updates_per_batch)
+        if self.config.loop.max_steps in steps or any(step % self.config.store_every_steps == 0 for step in steps):
+            self.store.write(first, rollouts)
 
 
 def _summary(output: Output, prompts: Sequence[Prompt], drops: Drops) -> dict[str, Any]:

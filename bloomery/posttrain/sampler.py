@@ -1,79 +1,141 @@
-"""Which prompts come next, and rollouts of them by the current weights: the same again after a resume."""
+"""Rollouts to learn from, by the current weights: the same again after a resume."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from bloomery.data.document import Drops
-from bloomery.data.permutation import key, permute
 from bloomery.data.prompts import Prompt
 from bloomery.errors import ArtifactError, DivergenceError
-from bloomery.generate import Engine, SamplingParams
-from bloomery.posttrain.rollouts import Rollouts, require_judged, roll_out
+from bloomery.generate import SamplingParams
+from bloomery.posttrain.curriculum import Curriculum
+from bloomery.posttrain.generators import Generator
+from bloomery.posttrain.rl_config import RLConfig, Sampling
+from bloomery.posttrain.rollouts import Group, Rollouts, roll_out
+from bloomery.posttrain.tripwires import Canaries, Watch, check_rollouts
 from bloomery.verify import Pool, echo
+from bloomery.verify.canaries import has_echo
 
-_DRAWN = "prompts_drawn"
+
+@dataclass(frozen=True)
+class Drawn:
+    """`rollouts` to learn from, how they were sampled, and the metrics of all that were sampled for them."""
+
+    rollouts: Rollouts
+    sampling: Sampling
+    metrics: dict[str, float]
 
 
 class Sampler:
-    """Rolls out `num_prompts` × `group_size` completions at a time.
+    """Draws prompts, rolls out and judges `num_prompts` × `group_size` completions at a time.
 
-    max_redraws: draws without any signal that are passed over in a row; max_unjudged: largest share of completions
-    without a verdict. `latest` holds the last rollouts.
+    `latest` holds the last rollouts, learnt from or not.
     """
 
     def __init__(
-        self, engine: Engine, pool: Pool, prompts: Sequence[Prompt], num_prompts: int, group_size: int,
-        params: SamplingParams, seed: int, max_redraws: int, max_unjudged: float,
-    ):  # fmt: skip
-        self.engine, self.pool, self.prompts = engine, pool, prompts
-        self.num_prompts, self.group_size, self.params, self.seed = num_prompts, group_size, params, seed
-        self.max_redraws, self.max_unjudged = max_redraws, max_unjudged
+        self, generator: Generator, pool: Pool, curriculum: Curriculum, stop_token_ids: Sequence[int], config: RLConfig
+    ):
+        self.generator, self.pool, self.curriculum, self.config = generator, pool, curriculum, config
+        self._stop, self.watch = tuple(stop_token_ids), Watch(config.tripwires)
         self.latest: Rollouts | None = None
 
-    def draw(self, progress: dict[str, Any]) -> tuple[Rollouts, int]:
-        """Rollouts in which some group has signal, and how many draws without any were passed over before.
+    def draw(self, step: int, progress: MutableMapping[str, Any]) -> Drawn:
+        """What optimizer step `step` learns from first. `progress` holds all that changes; resumed with it, a run draws
+        the next prompts and writes the same texts.
 
-        `progress` counts the prompts drawn; a run resumed with it draws the next ones and writes the same texts.
-        Raises `DivergenceError` when `max_redraws` are used up: the optimizer has nothing to learn from.
+        Draws again while no group has any signal; with `max_gen_batches` above 1, until `num_prompts` groups have one
+        or the cap is reached (dynamic sampling, DAPO section 3.2). Raises `DivergenceError` when `max_redraws` are used
+        up, and what the tripwires raise.
         """
-        for redrawn in range(self.max_redraws + 1):
-            first = progress.get(_DRAWN, 0)
-            chosen = in_order(self.prompts, first, self.num_prompts, self.seed)
-            self.engine.sync()  # the weights may have changed since the last draw
-            rollouts = roll_out(self.engine, self.pool, chosen, self.group_size, self.params, (self.seed, first))
-            require_judged(rollouts, self.max_unjudged)
-            progress[_DRAWN] = first + len(chosen)
-            if rollouts.has_signal:
-                self.latest = rollouts
-                return rollouts, redrawn
+        config, sampling = self.config, self.config.sampling(step)
+        self.generator.update()  # the weights may have changed since the last draw
+        sampled: list[Rollouts] = []
+        kept: list[Group] = []
+        while not kept or (len(kept) < config.num_prompts and len(sampled) < config.max_gen_batches):
+            if len(sampled) > max(config.max_redraws, config.max_gen_batches - 1):
+                self._give_up(len(sampled))
+            sampled.append(self._roll_out(sampling, progress))
+            kept += self._worth_learning(sampled[-1])
+        rollouts = Rollouts(kept[: config.num_prompts], sampled[-1].seconds)
+        return Drawn(rollouts, sampling, self._metrics(sampled, rollouts, progress))
+
+    def _roll_out(self, sampling: Sampling, progress: MutableMapping[str, Any]) -> Rollouts:
+        config, first = self.config, progress.get("prompts_drawn", 0)
+        positions = self.curriculum.take(config.num_prompts, sampling, progress)
+        prompts = [self.curriculum.prompts[position] for position in positions]
+        params = SamplingParams(
+            max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, stop_token_ids=self._stop
+        )
+        canaries = Canaries(self.pool, prompts, config.tripwires.canaries, config.require_think)
+        rollouts = roll_out(self.generator, self.pool, prompts, sampling.group_size, params, (config.seed, first))
+        self.latest = rollouts
+        canaries.check()
+        check_rollouts(rollouts, config.tripwires, self.generator.weight_version)
+        flat = 1 - len(rollouts.mixed()) / len(rollouts.groups)
+        self.watch.see({"degenerate": flat, "truncated": rollouts.metrics()["truncated"]}, progress)
+        right = (rollouts.rewards >= 1) & rollouts.valid
+        for position, solved, judged in zip(positions, right.sum(-1), rollouts.valid.sum(-1), strict=True):
+            self.curriculum.record(position, int(solved), int(judged), progress)
+        return rollouts
+
+    def _worth_learning(self, rollouts: Rollouts) -> Sequence[Group]:
+        """Only groups with signal in dynamic sampling; else all, where one has some."""
+        mixed = rollouts.mixed(self.config.overlong.filter)
+        return rollouts.groups if mixed and self.config.max_gen_batches == 1 else mixed
+
+    def _give_up(self, draws: int) -> None:
+        assert self.latest is not None
         raise DivergenceError(
-            f"in {self.max_redraws + 1} draws of {self.num_prompts} prompts no group had both right and wrong answers "
-            f"(right in the last: {rollouts.metrics().get('accuracy', 0):.0%}), so there is nothing to learn; choose "
-            "easier or harder prompts, a larger group_size, or a model whose answers vary more"
+            f"in {draws} draws of {self.config.num_prompts} prompts no group had both right and wrong answers (right in "
+            f"the last: {self.latest.metrics().get('accuracy', 0):.0%}), so there is nothing to learn; choose easier or "
+            "harder prompts, a larger group_size, or a model whose answers vary more"
         )
 
+    def _metrics(
+        self, sampled: Sequence[Rollouts], learnt: Rollouts, progress: MutableMapping[str, Any]
+    ) -> dict[str, float]:
+        """Of all samples, since those that are learnt from were chosen by their rewards."""
+        found = Rollouts([group for each in sampled for group in each.groups]).metrics() | {
+            "redrawn": len(sampled) - 1,
+            "epoch": progress["epoch"] + progress["place"] / self.curriculum.size(progress),
+        }
+        if self.config.max_gen_batches > 1:
+            found["groups_missing"] = self.config.num_prompts - len(learnt.groups)
+        if progress["pool"] is not None:
+            found["prompts_left"] = self.curriculum.size(progress)
+        if self.config.phases:
+            found["max_new_tokens"] = self.config.samplings()[progress["phase"]].max_new_tokens
+        return found
 
-def in_order(prompts: Sequence[Prompt], first: int, count: int, seed: int) -> list[Prompt]:
-    """Draws `first` … `first + count` − 1: every prompt once an epoch, each epoch in an order of its own."""
-    epochs, slots = np.divmod(np.arange(first, first + count), len(prompts))
-    return [prompts[i] for i in permute(slots, len(prompts), key(seed, "prompts", epochs)).tolist()]
+
+def distinct(prompts: Sequence[Prompt], drops: Drops) -> list[Prompt]:
+    """Without those whose tokens are an earlier prompt's: they would be two groups of one question."""
+    seen: set[tuple[int, ...]] = set()
+    kept = []
+    for prompt in prompts:
+        if prompt.ids in seen:
+            drops.add("same tokens as another prompt", prompt.id)
+        else:
+            seen.add(prompt.ids)
+            kept.append(prompt)
+    return kept
 
 
 def winnable(prompts: Sequence[Prompt], pool: Pool, require_think: bool, drops: Drops) -> list[Prompt]:
     """Prompts whose own answer is judged right; any other could only ever punish, and is counted in `drops`.
 
-    Raises `ArtifactError` when none is left.
+    One that does not hold a whole answer, such as tests without a reference program, stays. Raises `ArtifactError` when
+    none is left.
     """
     thought = "</think>" if require_think else ""
-    items = [(p.verifier, thought + echo(p.verifier, p.answer), p.answer) for p in prompts]
-    kept = []
-    for prompt, verdict in zip(prompts, pool.judge_all(items), strict=True):
-        if verdict.status == "correct":
-            kept.append(prompt)
-        else:
+    known = [prompt for prompt in prompts if has_echo(prompt.verifier, prompt.answer)]
+    items = [(p.verifier, thought + echo(p.verifier, p.answer), p.answer) for p in known]
+    refused = set()
+    for prompt, verdict in zip(known, pool.judge_all(items), strict=True):
+        if verdict.status != "correct":
+            refused.add(id(prompt))
             drops.add(f"its own answer is judged {verdict.status}", prompt.id)
+    kept = [prompt for prompt in prompts if id(prompt) not in refused]
     if not kept:
         raise ArtifactError(f"no prompt is left to train on; dropped: {drops}")
     return kept

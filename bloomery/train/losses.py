@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bloomery.data.pack import IGNORE, Batch
 from bloomery.errors import ConfigError
+from bloomery.model import balance
 from bloomery.train.cross_entropy import cross_entropy, logprobs_and_entropy
 
 Metric = tuple[Tensor | float, Tensor | float]
@@ -31,20 +32,20 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch["input_ids"], segment_ids=batch.get("segment_ids"), position_ids=batch.get("position_ids"))
 
 
-def next_token(model: nn.Module, batch: Batch, sources: Sequence[str] = (), balance_weight: float = 0.01) -> Loss:
+def next_token(model: nn.Module, batch: Batch, sources: Sequence[str] = ()) -> Loss:
     """Cross-entropy in nats summed over the labelled positions; the weight is their number.
 
     sources: names of the batch's `source_ids`, for the metrics `loss/{source}`; without names, their numbers are used.
-    balance_weight: factor, without unit, of the load-balancing loss of a model with expert layers (metric `balance`).
+    Layers with experts are balanced as `model.balance` says (metrics `balance`, `imbalance`).
     """
+    if torch.is_grad_enabled():
+        balance.weigh(model, batch["labels"] != IGNORE, batch.get("counted"))
     hidden, labels, places = _labelled(hidden_states(model, batch), batch["labels"])
     total, losses = cross_entropy(hidden, _head(model), labels)
     metrics = _by_source(losses, batch, places, sources)
-    measure = getattr(model, "balance_loss", None)
-    balance = measure() if measure is not None and torch.is_grad_enabled() else None
-    if balance is not None:
-        total = total + balance_weight * len(labels) * balance
-        metrics["balance"] = (balance.detach() * len(labels), len(labels))
+    balancing = balance.terms(model) if torch.is_grad_enabled() else None
+    if balancing is not None:
+        total, metrics = total + balancing[0], metrics | balancing[1]
     return Loss(total, len(labels), metrics)
 
 

@@ -57,6 +57,11 @@ def self_test(verifiers: Iterable[str] = tuple(VERIFIERS)) -> None:
                 )
 
 
+def has_echo(verifier: str, answer: str) -> bool:
+    """Whether a prompt's answer column holds a whole answer: `format` has none, a program's tests may lack one."""
+    return verifier != "format" and (verifier != "program" or "reference" in json.loads(answer))
+
+
 def echo(verifier: str, answer: str) -> str:
     """A completion that states a prompt's answer and nothing else.
 

@@ -137,6 +137,8 @@ def test_sources_that_cannot_be_used(tmp_path, source, kind, error, message):
 
 
 def test_settings_are_checked_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="seed is a field of the source, beside options"):
+        config({"type": "procedural", "name": "a", "task": "chain", "count": 1, "options": {"seed": 3}})
     with pytest.raises(ConfigError, match="max_documnts: unknown key; did you mean max_documents"):
         config({"type": "stdlib", "name": "a", "max_documnts": 3})
     with pytest.raises(ConfigError, match="sources: a is given twice"):

@@ -96,6 +96,11 @@ def save(decoder: Decoder, path: Path | str, dtype: torch.dtype | None = None, s
     artifact.write_json(path / "config.json", raw)
 
 
+def published(decoder: Decoder, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Copies of the weights on the CPU under the names that `save` gives them: what other engines of the family read."""
+    return stored(FAMILIES[decoder.config.family], decoder, dtype or decoder.embeddings.weight.dtype)
+
+
 def export_config(config: ModelConfig) -> dict[str, Any]:
     """`config.json` of a model; raises `ConfigError` when no Hugging Face class can hold it."""
     family = FAMILIES[config.family]
