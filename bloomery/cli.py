@@ -13,7 +13,8 @@ from typer.core import TyperCommand
 
 from bloomery import config as configs
 from bloomery import recipe
-from bloomery.errors import BloomeryError
+from bloomery.errors import BloomeryError, PeerError
+from bloomery.parallel.world import reports, world
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -35,9 +36,10 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except BloomeryError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, consequence=isinstance(error, PeerError))
     except UsageError as error:  # unknown verb, missing argument
-        error.show()
+        if world().is_main:
+            error.show()
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -46,8 +48,11 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _fail(message: str, code: int) -> None:
-    typer.echo(f"bloomery: {message}", err=True)
+def _fail(message: str, code: int, consequence: bool = False) -> None:
+    """Print once for all ranks of a run, and exit."""
+    if reports(message, consequence):
+        where = f"rank {world().rank}: " if world().size > 1 else ""
+        typer.echo(f"bloomery: {where}{message}", err=True)
     sys.exit(code)
 
 
@@ -56,6 +61,8 @@ def run_recipe(recipe_file: Path, overrides: Overrides = None, out: RunFolder = 
     """Run a recipe: every stage that is not done yet, then the report."""
     folder, steps = recipe.load(recipe_file, overrides or [], out)
     manifests = recipe.run(folder, steps)
+    if not world().is_main:
+        return
     page = _write_report(folder)
     if as_json:
         stages = {step.name: manifest.model_dump(mode="json") for step, manifest in zip(steps, manifests, strict=True)}
@@ -412,7 +419,10 @@ def _stage_verb(stage: str) -> Any:
         if out is None and path.name != "config.yaml":
             raise configs.ConfigError("--out: missing; give the folder that the stage shall write")
         step = recipe.Step(stage, stage, config, out or path.parent, ())
-        [manifest] = recipe.run(step.out, [step])
+        manifests = recipe.run(step.out, [step])
+        if not world().is_main:
+            return
+        [manifest] = manifests
         typer.echo(json.dumps(manifest.model_dump(mode="json")) if as_json else str(step.out))
 
     verb.__doc__ = f"Run the {stage} stage alone."
