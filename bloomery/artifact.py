@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from bloomery import config as configs
 from bloomery.config import Config, Field
 from bloomery.errors import ArtifactError
+from bloomery.progress import is_first_rank
 
 MANIFEST, CONFIG, METRICS, MODEL, DATA, CHECKPOINTS = (
     "manifest.json", "config.yaml", "metrics.jsonl", "model", "data", "checkpoints",
@@ -48,7 +49,8 @@ class Manifest(Config):
 class Output:
     """The folder a stage writes. Use as `with Output(out, "sft", config) as output:`, then `output.finish(...)`.
 
-    Raises `ArtifactError` when `out` holds another configuration's work, naming the first setting that differs.
+    Under torchrun every rank opens it, and rank 0 alone writes. Raises `ArtifactError` when `out` holds another
+    configuration's work, naming the first setting that differs.
     """
 
     def __init__(self, path: Path, stage: str, config: Config):
@@ -68,6 +70,12 @@ class Output:
         return manifest is not None and manifest.key == self.key
 
     def __enter__(self) -> "Output":
+        self._started = time.monotonic()
+        if is_first_rank():
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
         if (self.path / CONFIG).exists():
             self._refuse_other_work()
         elif self.path.exists() and {file.name for file in self.path.iterdir()} - {".lock"}:
@@ -80,10 +88,10 @@ class Output:
         record = {"stage": self.stage, "key": self.key, "inputs": self.digests}
         write_text(self.path / CONFIG, configs.dump(self.config))
         write_json(self.path / STATE, record)
-        self._started = time.monotonic()
-        return self
 
     def __exit__(self, *_: object) -> None:
+        if not is_first_rank():
+            return
         if self.path.exists() and not (self.path / MANIFEST).exists():
             self._seconds_file.write_text(str(self._elapsed()))
         self._lock_file.close()
@@ -97,7 +105,8 @@ class Output:
             raise ArtifactError(f"{self.path}: another process is writing here; wait for it or stop it first") from None
 
     def _elapsed(self) -> float:
-        before = float(self._seconds_file.read_text()) if self._seconds_file.exists() else 0.0
+        resumed = is_first_rank() and self._seconds_file.exists()
+        before = float(self._seconds_file.read_text()) if resumed else 0.0
         return before + time.monotonic() - self._started
 
     def _refuse_other_work(self) -> None:
@@ -131,31 +140,34 @@ class Output:
         return "it was written by another version of this stage"
 
     def finish(self, kind: str, summary: dict[str, Any] | None = None, world: int = 1) -> Manifest:
-        """Write the manifest: the stage is done."""
+        """Write the manifest: the stage is done. `world`: processes that took part."""
         manifest = Manifest(
             kind=kind, stage=self.stage, key=self.key, inputs=self.digests, version=version(),
             seed=getattr(self.config, "seed", None), world=world,
             seconds=round(self._elapsed(), 3), finished=time.time(), summary=summary or {},
         )  # fmt: skip
-        write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
-        self._seconds_file.unlink(missing_ok=True)
+        if is_first_rank():
+            write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
+            self._seconds_file.unlink(missing_ok=True)
         return manifest
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line, each with its `step`."""
+    """`metrics.jsonl`: one JSON object a line, each with its `step`. Written by rank 0, read by anyone."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def log(self, step: int, **values: Any) -> None:
         """Append one row."""
+        if not is_first_rank():
+            return
         with explained(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def rewind(self, step: int) -> None:
         """Forget rows after `step`, as a resumed run will write them again. A torn last line goes too."""
-        if self.path.exists():
+        if self.path.exists() and is_first_rank():
             kept = [row for row in self.read() if row["step"] <= step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 

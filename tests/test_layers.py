@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "bloomery"
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
-    "artifact": {"errors", "config"},
+    "artifact": {"errors", "config", "progress"},
     "progress": set(),
 }
 ALLOWED["model"] = ALLOWED["data"] = ALLOWED["verify"] = {"errors", "config", "artifact", "progress"}

@@ -13,6 +13,7 @@ from bloomery.artifact import Output
 from bloomery.data.pack import Batch
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
+from bloomery.parallel.world import any_rank, world
 from bloomery.progress import Bar, say
 from bloomery.train.checkpoint import Checkpoints
 from bloomery.train.fp8 import Plan, summary
@@ -47,7 +48,8 @@ def resumable(
     headline: the metric beside the bar.
 
     A checkpoint is taken after the caller's own lines for that step, so what they log is not lost. Ctrl-C and SIGTERM
-    let the step finish and save; then `KeyboardInterrupt` is raised. A second one stops at once.
+    let the step finish and save; then `KeyboardInterrupt` is raised. A second one stops at once. Of several ranks, one
+    that is asked to stop stops all after the same step; rank 0 alone logs and shows.
     """
     require(config.trackers)
     for name, text in what_runs_in_fp8(state.model, config, next(state.model.parameters()).device).items():
@@ -57,7 +59,8 @@ def resumable(
         output.metrics.rewind(state.step if resumed else -1)
         if resumed:
             say(f"{output.stage}  goes on after step {state.step} of {config.max_steps}")
-        with Trackers(config.trackers, output, state.step + 1) as trackers, Bar(output.stage, config.max_steps) as bar:
+        trackers_here = config.trackers if world().is_main else ()
+        with Trackers(trackers_here, output, state.step + 1) as trackers, Bar(output.stage, config.max_steps) as bar:
             for step in steps(state, batches_from(state.position), objective, config):
                 last = step.step == config.max_steps
                 if last or step.step % config.log_every_steps == 0:
@@ -70,9 +73,10 @@ def resumable(
                     trackers.log(step.step, means)
                 bar.update(step.step, _note(step, headline))
                 yield step
-                if last or interruption.requested or step.step % config.checkpoint_every_steps == 0:
+                stop = any_rank(interruption.requested)
+                if last or stop or step.step % config.checkpoint_every_steps == 0:
                     checkpoints.save(state)
-                if interruption.requested:
+                if stop:
                     checkpoints.wait()
                     raise KeyboardInterrupt
 
