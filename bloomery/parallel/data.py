@@ -12,7 +12,7 @@ time scales, so that a result depended on the mapping.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -188,7 +188,8 @@ class DataParallel:
 
     def copies(self, name: str) -> int:
         """How many ranks of this stage hold the same part of a parameter."""
-        ranks, parameter = self.meshes.size(*self.whole[name].summed_over), self.parameters[name]
+        whole, parameter = self.whole[name], self.parameters[name]
+        ranks = self.meshes.size(*whole.summed_over) * whole.copies
         return ranks // parameter.device_mesh.size(-1) if isinstance(parameter, DTensor) else ranks
 
     def release(self) -> None:
@@ -231,7 +232,7 @@ def _kept(placement: Placement, parameter: nn.Parameter) -> Placement:
     start = min(parameter.device_mesh.get_local_rank(last) * most, size)
     offset = [start if dim == shard.dim else 0 for dim in range(parameter.ndim)]
     kept = Box(tuple(offset), tuple(parameter.to_local().shape))
-    return Placement(placement.piece.part(kept), placement.summed_over)
+    return replace(placement, piece=placement.piece.part(kept))
 
 
 def _sum_together(gradients: list[Tensor], meshes: Meshes, axes: tuple[str, ...]) -> None:
