@@ -106,8 +106,9 @@ def read_bandwidth(device: torch.device | str = "cpu", size: int = 1 << 29, repe
     return matrix.nbytes / min(_seconds(matrix, vector) for _ in range(repeats + 1))
 
 
-def against_transformer(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, float | int | str]:
-    """What `bloomery inspect` prints: the matched Transformer, and from which context on the hybrid gains."""
+def against_transformer(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, float | None]:
+    """What `bloomery inspect` prints: the matched Transformer, and from which context on the hybrid gains; `None`:
+    never."""
     peer = matched_transformer(config)
     return {
         "transformer_blocks": peer.pattern.count("*"),
@@ -116,10 +117,14 @@ def against_transformer(config: ModelConfig, dtype: torch.dtype = torch.bfloat16
         "transformer_bytes_per_token": key_value_bytes(peer, dtype),
         "bytes_per_token": key_value_bytes(config, dtype),
         "state_bytes": state_bytes(config, dtype),
-        "less_memory_from_tokens": equal_memory(config, peer, dtype),
-        "faster_from_tokens": crossover(config, peer, 1, dtype=dtype),
+        "less_memory_from_tokens": _whole(equal_memory(config, peer, dtype)),
+        "faster_from_tokens": _whole(crossover(config, peer, 1, dtype=dtype)),
         "most_times_faster": key_value_bytes(peer, dtype) / max(key_value_bytes(config, dtype), 1),
     }
+
+
+def _whole(tokens: float) -> int | None:
+    return math.ceil(tokens) if math.isfinite(tokens) else None
 
 
 def _weights_read(config: ModelConfig, batch: int) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bloomery.model import hf
+from bloomery.model import hf, roofline
 from bloomery.model.config import MIXERS, ModelConfig
 
 CONTEXTS = (2_048, 8_192, 65_536, 131_072, 1_048_576)
@@ -28,11 +28,13 @@ def summarize(config: ModelConfig) -> dict[str, Any]:
     """Everything that follows from the sizes.
 
     `cache_bytes` is per sequence, keys and values in bfloat16, Mamba-2 states in float32; `forward_flops_per_token` is
-    the mean over a prompt of that many tokens. Both map a context length to a number.
+    the mean over a prompt of that many tokens. Both map a context length to a number. `against_transformer`, of a
+    hybrid, is what bytes alone say of decoding next to the Transformer of its size.
     """
     names = dict.fromkeys([*_COMMON, *(name for kind in config.pattern for name in _BY_LAYER[kind])])
     sizes = config.model_dump(mode="json", include=set(names))
     parameters = config.count_parameters()
+    hybrid = {"M", "*"} <= set(config.pattern)
     return {
         "family": config.family,
         "architecture": hf.FAMILIES[config.family].architecture,
@@ -44,4 +46,5 @@ def summarize(config: ModelConfig) -> dict[str, Any]:
         "weight_bytes": {hf.dtype_name(dtype): parameters * dtype.itemsize for dtype in _DTYPES},
         "cache_bytes": {context: config.cache_bytes(1, context, torch.bfloat16) for context in CONTEXTS},
         "forward_flops_per_token": {context: config.flops_per_token(context) // 3 for context in CONTEXTS},
+        **({"against_transformer": roofline.against_transformer(config)} if hybrid else {}),
     }

@@ -51,6 +51,7 @@ def test_inspect_needs_nothing_but_config_json(
     assert call(monkeypatch, "inspect", str(tmp_path)) == 0
     shown = capsys.readouterr().out
     assert "family: nemotron_h" in shown
+    assert "faster_from_tokens: 2,610" in shown
     assert "2,048: 129.4 MiB" in shown
 
 
