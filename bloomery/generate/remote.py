@@ -77,8 +77,7 @@ class RemoteEngine:
 
     def sync(self, folder: Path, server: ReloadingServer) -> None:
         """Have the endpoint take the weights in `folder`, a model directory that it can read, and forget what it
-        remembers of prompts; a new `weight_version`. Raises `BloomeryError` with the endpoint's words where it does not.
-        """
+        remembers of prompts; a new `weight_version`. Raises `BloomeryError` where it does not, with its words."""
         for path, body in _RELOADS[server](str(folder.absolute())):
             self._post(path, body)
         self.weight_version += 1

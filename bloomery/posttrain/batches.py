@@ -22,6 +22,7 @@ from bloomery.posttrain.rollouts import Rollouts, Sample
 
 _FEWEST_ROWS = 16
 _MOST_PADDING = 0.25
+_AT_FACE_VALUE = Overlong()
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Row:
 def micro_batches(
     rollouts: Rollouts, micro_batch_size: int, pad_id: int, aggregation: Aggregation, max_new_tokens: int,
     baseline: Baseline = "group_mean", scale: Scale = "group_std", keep_all: bool = False,
-    overlong: Overlong = Overlong(), active_only: bool = False,
+    overlong: Overlong = _AT_FACE_VALUE, active_only: bool = False,
 ) -> list[Batch]:  # fmt: skip
     """The micro-batches of one optimizer step: rows of like length together, at most `micro_batch_size` of them.
 

@@ -6,6 +6,8 @@ variants of it are settings.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,7 @@ class _Training:
         config, temperature = self.config, drawn.sampling.temperature
         groups, count = drawn.rollouts.groups, config.updates_per_batch
         cuts = [len(groups) * number // count for number in range(count + 1)]
-        pairs = zip(cuts, cuts[1:], strict=False)
+        pairs = pairwise(cuts)
         parts = [self._micro_batches(Rollouts(groups[low:high]), drawn) for low, high in pairs if high > low]
         parts = [part for part in parts if part]
         model, in_bf16 = self.state.model, self._in_bf16
@@ -194,14 +196,16 @@ def _summary(output: Output, prompts: Sequence[Prompt], drops: Drops) -> dict[st
 def check(config: RLConfig) -> dict[str, Any]:
     """Sizes of a step and the first prompt, as far as the inputs exist already."""
     samples, drops = config.num_prompts * config.group_size, Drops()
-    sizes = {
+    sizes: dict[str, Any] = {
         "steps": config.loop.max_steps,
         "samples_per_step": samples,
         "most_tokens_per_step": samples * config.max_new_tokens,
     }
+    if config.phases:
+        sizes["phases"] = [asdict(sampling) for sampling in config.samplings()]
     try:
         start = open_model(config.model)
-        prompts = _load_prompts(config, start, drops)
+        prompts = distinct(_load_prompts(config, start, drops), drops)
     except ArtifactError as error:
         return {**sizes, "inputs": str(error)}
     return {

@@ -86,9 +86,9 @@ class Sampler:
     def _give_up(self, draws: int) -> None:
         assert self.latest is not None
         raise DivergenceError(
-            f"in {draws} draws of {self.config.num_prompts} prompts no group had both right and wrong answers (right in "
-            f"the last: {self.latest.metrics().get('accuracy', 0):.0%}), so there is nothing to learn; choose easier or "
-            "harder prompts, a larger group_size, or a model whose answers vary more"
+            f"in {draws} draws of {self.config.num_prompts} prompts no group had both right and wrong answers (right "
+            f"in the last: {self.latest.metrics().get('accuracy', 0):.0%}), so there is nothing to learn; choose "
+            "easier or harder prompts, a larger group_size, or a model whose answers vary more"
         )
 
     def _metrics(

@@ -13,7 +13,9 @@ CONTENT = {
     "messages": {"messages": [USER, ASSISTANT]},
     "prompts": {"prompt": [USER], "answer": "4", "verifier": "answer"},
     "preferences": {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "5"}]},
-}
+    "traces": {"prompt": [USER], "completion": "4", "answer": "4", "verifier": "answer", "score": 1.0,
+               "status": "correct", "reason": "", "tokens": 2, "finish_reason": "stop", "step": 1, "sample": 0},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)

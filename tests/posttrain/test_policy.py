@@ -11,7 +11,8 @@ from bloomery.data.prompts import Prompt
 from bloomery.errors import DivergenceError
 from bloomery.generate import Completion
 from bloomery.posttrain.batches import Row, micro_batches, split_by_length
-from bloomery.posttrain.policy import PolicyGradient, add_reference_logprobs
+from bloomery.posttrain.policy import PolicyGradient, add_logprobs
+from bloomery.posttrain.rl_config import Clip
 from bloomery.posttrain.rollouts import Rollouts, Sample
 from bloomery.verify import Verdict
 
@@ -150,10 +151,10 @@ def test_not_a_number_is_not_on_policy(rollouts: Rollouts) -> None:
 
 def test_penalty_pulls_towards_the_reference(rollouts: Rollouts) -> None:
     batches = micro_batches(rollouts, 10_000, 0, "token_mean", MAX_NEW, keep_all=True)
-    add_reference_logprobs(Recurrent(), batches, TEMPERATURE)
+    add_logprobs(Recurrent(), batches, "reference_logprobs", TEMPERATURE)
     same = PolicyGradient(TEMPERATURE, 9.0, kl=0.1)(Recurrent(), batches[0]).metrics["reference_kl"]
     assert float(same[0]) == pytest.approx(0.0, abs=1e-6)
-    add_reference_logprobs(Recurrent(seed=1), batches, TEMPERATURE)
+    add_logprobs(Recurrent(seed=1), batches, "reference_logprobs", TEMPERATURE)
     loss = PolicyGradient(TEMPERATURE, 9.0, kl=0.1)(Recurrent(), batches[0])
     free = PolicyGradient(TEMPERATURE, 9.0)(Recurrent(), batches[0])
     penalty = loss.metrics["reference_kl"][0]
@@ -164,7 +165,5 @@ def test_penalty_pulls_towards_the_reference(rollouts: Rollouts) -> None:
 def test_clipped_equals_on_policy_where_nothing_has_moved(rollouts: Rollouts) -> None:
     batch = micro_batches(rollouts, 10_000, 0, "token_mean", MAX_NEW)[0]
     batch["old_logprobs"] = batch["generator_logprobs"]
-    losses = [
-        PolicyGradient(TEMPERATURE, 1e-4, clip=clip)(Recurrent(), batch).sum.item() for clip in (None, (0.2, 0.28))
-    ]
+    losses = [PolicyGradient(TEMPERATURE, 1e-4, clip=clip)(Recurrent(), batch).sum.item() for clip in (None, Clip())]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

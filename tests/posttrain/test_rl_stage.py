@@ -18,10 +18,11 @@ from bloomery.errors import ArtifactError, BloomeryError, ConfigError, Divergenc
 from bloomery.generate import Completion, Engine, Request
 from bloomery.model import hf
 from bloomery.model.decoder import Decoder
-from bloomery.posttrain import rl
-from bloomery.posttrain.rl import RLConfig
-from bloomery.posttrain.rollouts import Rollouts, Sample, require_judged
-from bloomery.posttrain.sampler import in_order, winnable
+from bloomery.posttrain import generators, rl
+from bloomery.posttrain.rl_config import RLConfig
+from bloomery.posttrain.rollouts import Rollouts, Sample
+from bloomery.posttrain.sampler import Sampler, winnable
+from bloomery.posttrain.tripwires import require_judged
 from bloomery.verify import VERIFIERS, Pool, Verdict
 
 
@@ -67,6 +68,10 @@ def test_reward_rises_on_policy(tiny_world: Any, tmp_path: Path) -> None:
     assert hf.load(artifact.resolve(tmp_path / "out", "model")).config.vocab_size > 256
 
 
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in rows]
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
@@ -88,7 +93,7 @@ def test_killed_and_rerun_gives_the_same_run(tiny_world: Any, tmp_path: Path, mo
     monkeypatch.setattr(rl, "resumable", original)
     rl.run(config(tiny_world), tmp_path / "killed")
     calm, killed = (rows(tmp_path / name) for name in ("calm", "killed"))
-    assert [{**row, "seconds": 0} for row in calm] == [{**row, "seconds": 0} for row in killed]
+    assert timeless(calm) == timeless(killed)
     for name in ("rollouts-00004.parquet", "rollouts-00006.parquet"):
         digests = [artifact.file_digest(tmp_path / run / "data" / name) for run in ("calm", "killed")]
         assert digests[0] == digests[1]
@@ -115,15 +120,15 @@ def test_no_signal_is_passed_over_and_then_an_error(tiny_world: Any, tmp_path: P
 
 @pytest.mark.usefixtures("digits")
 def test_draws_without_signal_take_no_step(tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forced, honest = iter([False, False]), Rollouts.has_signal.fget  # type: ignore[attr-defined]
-    monkeypatch.setattr(Rollouts, "has_signal", property(lambda self: next(forced, True) and honest(self)))
+    forced, honest = iter([False, False]), Sampler._worth_learning
+    monkeypatch.setattr(Sampler, "_worth_learning", lambda *args: honest(*args) if next(forced, True) else [])
     rl.run(config(tiny_world, num_prompts=8, loop={"max_steps": 2}), tmp_path / "out")
     assert column(tmp_path / "out", "redrawn") == [2, 0]
     assert column(tmp_path / "out", "step") == [1, 1, 2, 2]
 
 
 class Stale(Engine):
-    """Generates from the weights it was made with, as an engine does whose weights were not synchronised."""
+    """Generates from the weights it was made with, and does not know it."""
 
     def __init__(self, model: Decoder, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
@@ -132,23 +137,30 @@ class Stale(Engine):
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         return self.old.stream(requests)
 
+    def sync(self, weights: Any = None) -> None:
+        super().sync()
+        self.old.sync()
+
+
+class Deaf(Stale):
+    """The same, and its completions say so."""
+
+    def sync(self, weights: Any = None) -> None:
+        Engine.sync(self)
+
 
 @pytest.mark.usefixtures("digits")
 def test_stale_weights_in_the_generator_stop_the_run(
     tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rl, "Engine", Stale)
+    monkeypatch.setattr(generators, "Engine", Stale)
     with pytest.raises(DivergenceError, match="not from the policy being trained"):
-        rl.run(config(tiny_world, max_logprob_gap=1e-3), tmp_path / "out")
+        rl.run(config(tiny_world, tripwires={"max_logprob_gap": 1e-3}), tmp_path / "out")
     assert len(column(tmp_path / "out", "loss")) == 1  # the first step was on-policy: the weights were still equal
-
-
-def test_prompts_come_once_an_epoch() -> None:
-    prompts = [Prompt(str(i), "s", [], "1", "answer", (1,)) for i in range(10)]
-    first, second = (in_order(prompts, start, 10, seed=0) for start in (0, 10))
-    assert {p.id for p in first} == {p.id for p in second} == {p.id for p in prompts}
-    assert first != second
-    assert in_order(prompts, 7, 6, seed=0) == [*first[7:], *second[:3]]
+    monkeypatch.setattr(generators, "Engine", Deaf)
+    with pytest.raises(DivergenceError, match="weight version: completions of version 0, the generator was given ver"):
+        rl.run(config(tiny_world), tmp_path / "deaf")
+    assert (tmp_path / "deaf" / "data" / "rollouts-00001.parquet").exists()  # what it stopped for
 
 
 def test_a_broken_verifier_is_not_a_zero() -> None:
@@ -178,7 +190,7 @@ def test_bad_settings(tiny_world: Any, tmp_path: Path) -> None:
         config(tiny_world, group_size=1)
     with pytest.raises(ConfigError, match="temperature: .* greater than 0"):
         config(tiny_world, temperature=0)
-    with pytest.raises(ConfigError, match="num_prompts × group_size = 32 completions; leave batch_size out"):
+    with pytest.raises(ConfigError, match="group_size / updates_per_batch = 32 completions; leave batch_size out"):
         config(tiny_world, loop={"batch_size": 64})
     with pytest.raises(ConfigError, match="max_new_tokens: 64 leaves no room"):
         rl.run(config(tiny_world, max_new_tokens=64), tmp_path / "a")
