@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from bloomery.model.attention import Attention
 from bloomery.model.config import ModelConfig
+from bloomery.model.decoder import Decoder, Layer
 from bloomery.model.layers import MLP
 from bloomery.model.mamba import Mamba
 from bloomery.parallel.collectives import Group, gather_tokens, scatter_tokens, sum_gradient
@@ -38,7 +39,7 @@ class Cut:
     count: int = 0
 
 
-def apply_tensor(model: nn.Module, meshes: Meshes) -> dict[str, Placement]:
+def apply_tensor(model: Decoder, meshes: Meshes) -> dict[str, Placement]:
     """Shares the weights of the `*`, `-` and `M` layers in place.
 
     Returns where every parameter of the model belongs, with its name; experts as if nothing shared them.
@@ -48,12 +49,11 @@ def apply_tensor(model: nn.Module, meshes: Meshes) -> dict[str, Placement]:
     }
     if meshes.size("tensor") == 1:
         return placements
-    config = model.config
-    assert isinstance(config, ModelConfig)
-    for number, layer in enumerate(model.layers.children()):  # type: ignore[union-attr]
-        share = _SHARES.get(layer.kind)  # type: ignore[arg-type]
+    for number, layer in enumerate(model.layers.children()):
+        assert isinstance(layer, Layer)
+        share = _SHARES.get(layer.kind)
         if share is not None:
-            found = share(layer.mixer, config, meshes)
+            found = share(layer.mixer, model.config, meshes)
             placements |= {f"layers.{number}.mixer.{name}": placement for name, placement in found.items()}
     return placements
 
@@ -128,8 +128,10 @@ def _share(mixer: nn.Module, cuts: dict[str, Cut], meshes: Meshes) -> dict[str, 
 
 def _exchange_tokens(mixer: nn.Module, output: str, group: Group) -> None:
     """Gathers what goes into the mixer and scatters what its `output` layer makes; a bias of that is added then."""
-    if mixer.get_submodule(output).bias is not None:
-        setattr(mixer, output, BiasLater(mixer.get_submodule(output)))
+    linear = mixer.get_submodule(output)
+    assert isinstance(linear, nn.Linear)
+    if linear.bias is not None:
+        setattr(mixer, output, BiasLater(linear))
 
     def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return gather_tokens(_as_multiplied(given[0]), 1, group), *given[1:]
@@ -145,7 +147,7 @@ def _exchange_tokens(mixer: nn.Module, output: str, group: Group) -> None:
 class BiasLater(nn.Module):
     """A linear layer that leaves its bias to its caller: the sum of the ranks' outputs needs it once."""
 
-    def __init__(self, linear: nn.Module):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
 

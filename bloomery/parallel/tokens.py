@@ -4,10 +4,11 @@ A sequence is cut over context first, then a context rank's tokens, in the order
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bloomery.model.context import Context
+from bloomery.model.decoder import Decoder
 from bloomery.model.state import DecodeState
 from bloomery.parallel.collectives import gather_whole
 from bloomery.parallel.mesh import Meshes
@@ -66,7 +67,7 @@ def _has_tokens(x: Tensor, seq: int) -> bool:
 class Shared:
     """What stands at the swap point `decoder.context`: the layers' view is of all tokens along tensor."""
 
-    def __init__(self, model: nn.Module, meshes: Meshes):
+    def __init__(self, model: Decoder, meshes: Meshes):
         self.rope, self.sliding_window, self.group = model.rope, model.config.sliding_window, meshes.group("tensor")
 
     def __call__(
@@ -86,7 +87,8 @@ class Shared:
             )
         segment_ids = None if segment_ids is None else gather_whole(segment_ids, 1, self.group)
         position_ids = gather_whole(position_ids, 1, self.group)
-        context = Context(*position_ids.shape, input_ids.device, segment_ids, None, self.sliding_window)
+        batch, seq = position_ids.shape
+        context = Context(batch, seq, input_ids.device, segment_ids, None, self.sliding_window)
         if self.rope is not None:
             context.rope = self.rope(position_ids, int(position_ids.max()) + 1)
         return context
