@@ -97,7 +97,7 @@ def save(decoder: Decoder, path: Path | str, dtype: torch.dtype | None = None, s
 
 
 def published(decoder: Decoder, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Copies of the weights on the CPU under the names that `save` gives them: what other engines of the family read."""
+    """Copies of the weights on the CPU under the names that `save` gives them, which other engines know too."""
     return stored(FAMILIES[decoder.config.family], decoder, dtype or decoder.embeddings.weight.dtype)
 
 
