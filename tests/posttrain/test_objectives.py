@@ -130,3 +130,60 @@ def test_a_masked_row_counts_for_nothing(how: objectives.Aggregation) -> None:
     expected_weights, expected_parts = row_weights(MASK.sum(-1), how, GROUP_TOKENS, max_tokens=10)
     assert aggregate(losses, mask, weights).item() == pytest.approx(aggregate(LOSSES, MASK, expected_weights).item())
     assert parts.sum().item() == pytest.approx(expected_parts.sum().item())
+
+
+def test_dual_clip_bounds_what_one_unlikely_token_costs() -> None:
+    """Ratio 5 with A = −1: PPO pays 5, the dual clip 3; with A = +1 the upper bound 1.28 rules either way."""
+    old = torch.zeros(1, 1)
+    new = torch.full((1, 1), math.log(5.0))
+    down, up = torch.tensor([[-1.0]]), torch.tensor([[1.0]])
+    assert objectives.clipped(new, old, down).item() == pytest.approx(5.0)
+    assert objectives.clipped(new, old, down, dual=3.0).item() == pytest.approx(3.0)
+    assert objectives.clipped(new, old, up, dual=3.0).item() == pytest.approx(-1.28)
+
+
+def test_where_the_clip_takes_the_gradient() -> None:
+    """Ratios 0.7, 1.0, 1.25 and 1.4 under bounds 0.8 and 1.28: A > 0 is held above, A < 0 below."""
+    ratios = torch.tensor([[0.7, 1.0, 1.25, 1.4]])
+    new, old = ratios.log().requires_grad_(), torch.zeros(1, 4)
+    for gain, held in ((1.0, [False, False, False, True]), (-1.0, [True, False, False, False])):
+        gains = torch.full((1, 1), gain)
+        found = objectives.is_clipped(new.detach(), old, gains, 0.2, 0.28)
+        assert found.tolist() == [held]
+        (gradient,) = torch.autograd.grad(objectives.clipped(new, old, gains, 0.2, 0.28).sum(), new)
+        assert (gradient == 0).tolist() == [held]
+
+
+def test_weights_for_a_generator_that_computes_otherwise() -> None:
+    """w = 0.25, 1, 1.5, 4 in one completion: sum of log w = log 1.5, geometric mean 1.5^(1/4) = 1.1067."""
+    weights = torch.tensor([[0.25, 1.0, 1.5, 4.0, 9.0]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    old, generated = weights.log().requires_grad_(), torch.zeros(1, 5)
+
+    def found(kind: str, low: float, high: float) -> list[float]:
+        result = objectives.mismatch_weights(old, generated, mask, kind, low, high)  # type: ignore[arg-type]
+        assert not result.requires_grad
+        return result[0].tolist()
+
+    assert found("tis", 0.5, 2.0) == pytest.approx([0.25, 1.0, 1.5, 2.0, 0.0])
+    assert found("mask", 0.5, 2.0) == pytest.approx([0.0, 1.0, 1.5, 0.0, 0.0])
+    assert found("seq_mask", 0.5, 2.0) == pytest.approx([0.25, 1.0, 1.5, 4.0, 0.0])
+    assert found("seq_mask", 0.5, 1.1) == [0.0] * 5
+    assert found("seq_trunc", 0.5, 2.0) == pytest.approx([1.5, 1.5, 1.5, 1.5, 0.0])
+    assert found("seq_trunc", 0.5, 1.2) == pytest.approx([1.2, 1.2, 1.2, 1.2, 0.0])
+
+
+def test_equal_logprobs_weigh_one_and_hopeless_ones_stay_finite() -> None:
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    same = torch.tensor([[-0.3, -2.0, -9.0]])
+    for kind in ("tis", "mask", "seq_mask", "seq_trunc"):
+        assert torch.equal(objectives.mismatch_weights(same, same, mask, kind), torch.ones(1, 3))
+        lost = objectives.mismatch_weights(torch.zeros(1, 3), torch.full((1, 3), -1e4), mask, kind)
+        assert lost.isfinite().all()
+
+
+def test_overlong_penalty_of_dapo() -> None:
+    """Limit 20, over the last 4 tokens: free up to 16, then a quarter a token, −1 at the limit and beyond."""
+    lengths = torch.tensor([1, 16, 17, 18, 20, 25])
+    assert objectives.overlong_penalty(lengths, 20, 4).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
+    assert objectives.overlong_penalty(lengths, 20, 0).tolist() == [0.0] * 6
