@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Self
@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from bloomery.config import RUN_ONLY, Config, Field
 from bloomery.data.pack import Batch
 from bloomery.errors import ConfigError
+from bloomery.model import balance
+from bloomery.parallel.apply import Parallel
 from bloomery.train.fp8 import Fp8, Fp8Config, Telemetry
 from bloomery.train.losses import Loss
 from bloomery.train.schedule import learning_rate
@@ -97,19 +99,22 @@ class LoopConfig(Config):
 
 @dataclass
 class TrainState:
-    """What training changes, and what a checkpoint holds. `position` counts the sequences trained on; `extra` holds
-    plain JSON values that a stage's own batch generator needs to go on."""
+    """What training changes, and what a checkpoint holds. `position` counts the sequences trained on, over all ranks;
+    `extra` holds plain JSON values that a stage's own batch generator needs to go on. `parallel`: how `model`, this
+    rank's part, belongs to the whole; `None` in a single process."""
 
     model: nn.Module
     optimizer: Optimizer
     step: int = 0
     position: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    parallel: Parallel | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `grad_norm` is before clipping; `tokens` are positions; `seconds` include making the data.
+    """One optimizer step, over all ranks. `grad_norm` is before clipping; `tokens` are positions; `seconds` include
+    making the data.
 
     `fp8`: what precision fp8 measured in this step, on the steps where it does."""
 
@@ -129,44 +134,77 @@ def steps(
     """Train from `state.step` to `config.max_steps`, yielding after each optimizer step.
 
     A step's micro-batches are pulled only when the step before is done, so `batches` may sample from current weights.
+    With `state.parallel`, they are those of this rank's rows, as many on every rank, and all ranks yield equal steps.
     Raises `DivergenceError` before the weights change when a loss or gradient is not finite or nothing was to be
     learnt, and `ConfigError` when `batches` ends early.
     """
-    model, optimizer = state.model, state.optimizer
+    model, optimizer, parallel = state.model, state.optimizer, state.parallel
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=computes_in_bf16(config, model, device))
-    eight_bit = Fp8(model, config.fp8 if config.precision == "fp8" else None)
+    around = _Around(model, parallel, config, device)
+    routed, names = bool(balance.balancings(model)), list[str]()
     batches = iter(batches)
     optimizer.zero_grad(set_to_none=True)
     while state.step < config.max_steps:
         started = time.perf_counter()
-        micro_batches = _pull(batches, state, config)
+        micro_batches = next(batches, [])
+        rows, tokens = _seen(micro_batches, state, config)
         model.train()
-        eight_bit.begin(watch=is_due(state.step + 1, config.fp8.measure_every_steps))
-        losses = []
-        for batch in micro_batches:
-            recomputing = _recomputing(model) if config.activation_checkpointing else nullcontext()
-            with autocast(), eight_bit.installed(), recomputing:
-                loss = objective(model, {name: value.to(device, non_blocking=True) for name, value in batch.items()})
-                loss.sum.backward()
-            losses.append(Loss(loss.sum.detach(), loss.weight, loss.metrics))
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        totals = Totals.of(losses, gradients)
+        around.eight_bit.begin(watch=is_due(state.step + 1, config.fp8.measure_every_steps))
         where = f"step {state.step + 1}, sequences from {state.position}"
-        eight_bit.check(totals.sum + totals.grad_norm, where)
-        totals.check(losses, where)
+        here = [{name: value.to(device, non_blocking=True) for name, value in b.items()} for b in micro_batches]
+        if parallel is None:
+            losses = [_learn(model, batch, objective, around) for batch in here]
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            totals = Totals.of(losses, gradients)
+        else:
+            with around():
+                losses = parallel.forward_backward([parallel.split(batch) for batch in here], objective)
+            gradients = list(parallel.data.gradients().values())
+            totals = Totals.over(losses, parallel, names)
+        around.eight_bit.check(totals.sum + totals.grad_norm, where)
+        totals.check(losses, where, parallel)
         clip = min(1.0, config.max_grad_norm / (totals.grad_norm + 1e-6)) if config.max_grad_norm else 1.0
         torch._foreach_mul_(gradients, clip / totals.weight)
         rate = _set_learning_rate(optimizer, state.step + 1, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if routed:
+            balance.after_step(model)
         state.step += 1
-        state.position += sum(len(batch["input_ids"]) for batch in micro_batches)
-        tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
+        state.position += rows
         seconds, mean = time.perf_counter() - started, totals.sum / totals.weight
-        found = eight_bit.telemetry()
+        found = around.eight_bit.telemetry()
         yield Step(state.step, mean, totals.metrics, totals.grad_norm, rate, tokens, seconds, found)
+
+
+class _Around:
+    """What a forward and backward pass run in: autocast, FP8 products, activation checkpointing."""
+
+    def __init__(self, model: nn.Module, parallel: Parallel | None, config: LoopConfig, device: torch.device):
+        self.eight_bit = Fp8(model, config.fp8 if config.precision == "fp8" else None)
+        # Weights that come and go are not to be kept as bf16 copies.
+        keeps = parallel is None or parallel.mapping.zero == 1
+        in_bf16 = computes_in_bf16(config, model, device)
+        self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=in_bf16, cache_enabled=keeps)
+        recompute = config.activation_checkpointing or (parallel is not None and parallel.mapping.recompute)
+        roots = [model] if parallel is None else parallel.data.roots
+        self._recomputed = roots if recompute else []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._autocast(), self.eight_bit.installed(), ExitStack() as stack:
+            for root in self._recomputed:
+                stack.enter_context(_recomputing(root))
+            yield
+
+
+def _learn(model: nn.Module, batch: Batch, objective: Objective, around: _Around) -> Loss:
+    """Adds the gradients of one micro-batch's loss."""
+    with around():
+        loss = objective(model, batch)
+        loss.sum.backward()
+    return Loss(loss.sum.detach(), loss.weight, loss.metrics)
 
 
 def is_due(step: int, every_steps: int) -> bool:
@@ -174,14 +212,27 @@ def is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def _pull(batches: Iterator[list[Batch]], state: TrainState, config: LoopConfig) -> list[Batch]:
-    micro_batches = next(batches, None)
-    if micro_batches is None:
+def _seen(micro_batches: list[Batch], state: TrainState, config: LoopConfig) -> tuple[int, int]:
+    """Sequences and positions of the step, over all ranks. Raises `ConfigError` on all ranks when one has no data."""
+    rows = sum(len(batch["input_ids"]) for batch in micro_batches)
+    tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
+    count, ranks, parallel = len(micro_batches), 1, state.parallel
+    if parallel is not None:
+        numbers = torch.tensor([1, count, count * count, rows, tokens], device=parallel.device)
+        ranks, total, squares, rows, tokens = parallel.sum(numbers).tolist()
+        sharing = ranks // parallel.mapping.data
+        rows, tokens = rows // sharing, tokens // sharing
+        if ranks * squares != total * total:
+            raise ConfigError(
+                f"step {state.step + 1}: this rank has {count} micro-batches, all {ranks} ranks {total}; every "
+                "rank must have as many, or the others would wait for it; give each data rank as many sequences"
+            )
+    if not count:
         raise ConfigError(
             f"max_steps: the data ended after step {state.step} of {config.max_steps}, at sequence {state.position}; "
             "lower max_steps or batch_size, or give more data"
         )
-    return micro_batches
+    return rows, tokens
 
 
 def computes_in_bf16(config: LoopConfig, model: nn.Module, device: torch.device) -> bool:

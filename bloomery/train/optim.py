@@ -1,6 +1,8 @@
 """AdamW (arXiv 1711.05101) with weight decay only where it belongs."""
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from bloomery.train.loop import LoopConfig
@@ -9,16 +11,30 @@ NO_DECAY = ("bias", "A_log", "D", "dt_bias")
 
 
 def adamw(model: nn.Module, config: LoopConfig) -> Optimizer:
-    """Fused AdamW over the trainable parameters, in two groups: with weight decay and without."""
+    """Fused AdamW over the trainable parameters, in two groups: with weight decay and without.
+
+    Parameters sharded over other ranks than the rest are groups of their own, for one kernel takes one mesh.
+    """
     decayed, plain = decay_groups(model, config.decay_embeddings)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": together, "weight_decay": decay}
+        for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0))
+        for together in _by_mesh(parameters)
+    ]
     return AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
+
+
+def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(found.values())
 
 
 def decay_groups(model: nn.Module, decay_embeddings: bool = True) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

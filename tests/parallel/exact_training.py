@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bloomery.data.pack import Batch
+from bloomery.model import balance
 from bloomery.model.config import ModelConfig, RopeConfig
 from bloomery.model.decoder import Decoder
 from bloomery.train.losses import Loss, hidden_states
@@ -42,17 +43,15 @@ def in_float64() -> Iterator[None]:
         torch.Tensor.float = single
 
 
-def next_token_exact(model: nn.Module, batch: Batch, balance_weight: float = 0.1) -> Loss:
+def next_token_exact(model: nn.Module, batch: Batch) -> Loss:
     """`losses.next_token` without its float32."""
-    hidden, labels = hidden_states(model, batch).flatten(0, 1), batch["labels"].flatten()
-    losses = F.cross_entropy(hidden @ model.lm_head.weight.T, labels, reduction="none", ignore_index=-100)
+    labels = batch["labels"].flatten()
     count = (labels != -100).sum()
-    total, metrics = losses.sum(), {"first": (losses.detach()[:3].sum(), 3.0)}
-    balance = model.balance_loss() if torch.is_grad_enabled() else None
-    if balance is not None:
-        total = total + balance_weight * count * balance
-        metrics["balance"] = (balance.detach() * count, count)
-    return Loss(total, count, metrics)
+    balance.weigh(model, batch["labels"] != -100)
+    hidden = hidden_states(model, batch).flatten(0, 1)
+    losses = F.cross_entropy(hidden @ model.lm_head.weight.T, labels, reduction="none", ignore_index=-100)
+    added, metrics = balance.terms(model) or (0.0, {})
+    return Loss(losses.sum() + added, count, metrics | {"first": (losses.detach()[:3].sum(), 3.0)})
 
 
 def micro_batches(count: int, rows: int = 2, seq: int = 8, seed: int = 0, masked: float = 0.3) -> list[Batch]:
