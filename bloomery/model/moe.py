@@ -112,15 +112,16 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config, shared) if shared else None
         self.shared_expert_gate = nn.Linear(d, 1, bias=False) if config.shared_expert_gate else None
         self.dispatch = Dispatch()
-        self.balancing = Balancing(self.gate.e_score_correction_bias is not None, config.pattern.count("E"))
+        self.balancing = Balancing(self.gate, config.pattern.count("E"))
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """x (batch, seq, hidden) → the same shape."""
-        routing = self.gate(x.flatten(0, -2))
+        tokens = x.flatten(0, -2)
+        routing = self.gate(tokens)
         weights = routing.weights
         if self.training and torch.is_grad_enabled():
             weights = self.balancing(routing, len(x))
-        out = self._routed(x, routing.indices, weights)
+        out = self._routed(tokens.view_as(x), routing.indices, weights)
         if self.shared_experts is None:
             return out
         shared = self.shared_experts(x)

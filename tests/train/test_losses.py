@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from tiny_training import TinyModel, random_batch
 
 from bloomery.errors import ConfigError
+from bloomery.model.config import ModelConfig
+from bloomery.model.decoder import Decoder
 from bloomery.train.losses import next_token, token_logprobs
 
 
@@ -46,15 +48,20 @@ def test_sources_without_names_are_numbered():
 
 
 def test_the_balance_of_experts_joins_the_loss_only_while_training():
-    model, batch = TinyModel(), random_batch(3, seed=0, masked=0.0)
-    plain = next_token(model, batch)
-    model.balance_loss = lambda: model.mixer.weight.square().sum()
-    balanced = next_token(model, batch, balance_weight=0.5)
-    share = model.mixer.weight.square().sum().item()
-    assert balanced.sum.item() == pytest.approx(plain.sum.item() + 0.5 * 18 * share)
-    assert balanced.metrics["balance"][0].item() == pytest.approx(18 * share)
+    config = ModelConfig(
+        pattern="ME-", vocab_size=64, hidden_size=8, intermediate_size=8, mamba_num_heads=2, mamba_head_dim=4,
+        n_routed_experts=4, moe_intermediate_size=4,
+    )  # fmt: skip
+    model, batch = Decoder(config), random_batch(3, seed=0, masked=0.5)
+    labels = int((batch["labels"] != -100).sum())
+    balanced = next_token(model, batch)
     with torch.no_grad():
-        assert next_token(model, batch).sum.item() == pytest.approx(plain.sum.item())
+        plain = next_token(model, batch)
+    value, weight = balanced.metrics["balance"]
+    assert weight == labels
+    assert value > labels
+    assert balanced.sum.item() == pytest.approx(plain.sum.item() + 0.01 * value.item())
+    assert not plain.metrics.keys() & {"balance", "imbalance"}
 
 
 def test_token_logprobs_keep_the_shape_and_are_zero_where_unlabelled():
