@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bloomery.config import Config
 from bloomery.errors import ConfigError
 from bloomery.model.decoder import Decoder
 from bloomery.parallel import mapping as grids
 from bloomery.parallel.collectives import all_reduce_
+from bloomery.parallel.context import ContextModes, apply_context
 from bloomery.parallel.data import WORLD, DataParallel, local, shard_data
 from bloomery.parallel.mesh import Meshes
 from bloomery.parallel.pieces import Piece, Placement
@@ -33,6 +35,7 @@ class Parallel:
     """This rank's part of the decoder; its parameters keep the names they have there."""
     data: DataParallel
     pipeline: Pipeline | None
+    modes: ContextModes
 
     @property
     def mapping(self) -> grids.Mapping:
@@ -46,7 +49,7 @@ class Parallel:
 
     def split(self, batch: Batch) -> Batch:
         """This rank's tokens of a micro-batch whose rows are those of its data rank."""
-        return split(batch, self.meshes)
+        return split(batch, self.meshes, self.modes.layout)
 
     def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Any]:
         """Gradients of the sum of the losses over all ranks; micro-batches are as `split` returns them.
@@ -69,6 +72,16 @@ class Parallel:
         loss = objective(self.model, batch)
         loss.sum.backward()
         return replace(loss, sum=loss.sum.detach())
+
+    @torch.no_grad()
+    def forward(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Any]:
+        """Losses as of `forward_backward`, without gradients: for validation."""
+        if self.pipeline is not None:
+            losses = self.pipeline.forward(micro_batches, objective)
+        else:
+            losses = [objective(self.model, batch) for batch in micro_batches]
+        self.data.release()
+        return losses
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place."""
@@ -117,32 +130,36 @@ class Parallel:
         return Directory.of({name: (self._pieces[name], tensor.dtype) for name, tensor in self._held.items()})
 
 
-def parallelize(model: Decoder, mapping: grids.Mapping) -> Parallel:
+def parallelize(model: Decoder, mapping: grids.Mapping, context: ContextModes | None = None) -> Parallel:
     """Makes this rank's part of `model` in place; all ranks call it with the same weights.
+
+    context: how attention and Mamba-2 look across a sequence whose tokens several ranks hold.
 
     Raises `ConfigError` for degrees that do not fill the ranks or divide the model, and where ranks disagree.
     """
     mapping.check_model(model.config)
     meshes = Meshes.create(mapping)
-    _check_agreement({"mapping": mapping.model_dump(), "model": model.config.model_dump()})
+    modes = context or ContextModes()
+    _check_agreement({"mapping": mapping, "model": model.config, "context": modes})
     placements = apply_tensor(model, meshes)
+    apply_context(model, meshes, modes)
     if meshes.size("context", "tensor") > 1:
         model.context = Shared(model, meshes)  # type: ignore[method-assign]
     pipeline = cut(model, meshes) if mapping.pipeline > 1 else None
     kept = {name: placements[name] for name, _ in model.named_parameters()}
     data = shard_data(model, meshes, kept, mapping.zero == 3, pipeline.chunks if pipeline else ())
-    return Parallel(meshes, model, data, pipeline)
+    return Parallel(meshes, model, data, pipeline, modes)
 
 
-def _check_agreement(mine: dict[str, dict[str, Any]]) -> None:
+def _check_agreement(settings: dict[str, Config]) -> None:
     """Raises `ConfigError`, on every rank, naming a setting in which one differs from rank 0."""
     if not dist.is_initialized():
         return
     everyone: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, {name: config.model_dump() for name, config in settings.items()})
     for rank, theirs in enumerate(everyone):
-        for part, settings in theirs.items():
-            for name, value in settings.items():
+        for part, values in theirs.items():
+            for name, value in values.items():
                 first = everyone[0][part][name]
                 if value != first:
                     raise ConfigError(
