@@ -15,20 +15,22 @@ import torch
 
 from bloomery import artifact
 from bloomery.artifact import Manifest, Output
-from bloomery.config import Config, DatasetDir, Field, ModelDir
+from bloomery.config import RUN_ONLY, Config, DatasetDir, Field, ModelDir
 from bloomery.data.chat import Examples, encode_examples
 from bloomery.data.dataset import Row, read_rows
 from bloomery.data.document import Drops
-from bloomery.data.loader import ExampleRows, batches
+from bloomery.data.loader import ExampleRows
 from bloomery.data.pack import IGNORE, Batch
 from bloomery.data.tokenizer import Tokenizer
 from bloomery.errors import ArtifactError, ConfigError
 from bloomery.model import hf
+from bloomery.parallel.settings import ParallelConfig
+from bloomery.parallel.world import world
 from bloomery.train.loop import LoopConfig, TrainState
 from bloomery.train.losses import next_token
-from bloomery.train.model_folder import ModelFolder, default_device, open_model, placed
-from bloomery.train.optim import adamw
+from bloomery.train.model_folder import ModelFolder, default_device, open_model
 from bloomery.train.run import resumable, what_runs_in_fp8
+from bloomery.train.spread import rank_sizes, row_batches, save_model, spread
 from bloomery.train.validation import validation_losses
 
 _SHOWN_TOKENS = 200
@@ -43,6 +45,9 @@ class SFTConfig(Config):
     packing: bool = Field(default=True, description="several whole examples in a row, isolated from each other")
     validation_fraction: float = Field(default=0.02, ge=0, lt=1, description="share of the examples held out")
     loop: LoopConfig = Field(description="how it is optimised")
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), json_schema_extra=RUN_ONLY, description="how the work is spread over ranks"
+    )
     seed: int = Field(default=0, description="seed of the held-out choice and of the order of examples")
 
 
@@ -62,12 +67,13 @@ def run(config: SFTConfig, out: Path) -> Manifest:
             return artifact.read_manifest(output.path)  # type: ignore[return-value]
         start = open_model(config.model)
         data = _load_data(config, start)
-        model = placed(hf.load(start.path, dtype=torch.float32))
-        state = TrainState(model, adamw(model, config.loop))
+        state = spread(hf.load(start.path, dtype=torch.float32), config.parallel, config.loop, config.seq_len)
         _train(config, output, state, data)
-        hf.save(model, output.model)
+        save_model(state, start.config, output.model)
+        if not world().is_main:
+            return output.finish("model", world=world().size)
         start.tokenizer.save(output.model)
-        return output.finish("model", _summary(data) | _results(output, data, state))
+        return output.finish("model", _summary(data) | _results(output, data, state), world().size)
 
 
 def _train(config: SFTConfig, output: Output, state: TrainState, data: _Data) -> None:
@@ -75,14 +81,15 @@ def _train(config: SFTConfig, output: Output, state: TrainState, data: _Data) ->
     loop = config.loop
 
     def batches_from(position: int) -> Iterator[list[Batch]]:
-        return batches(data.training, position, loop.batch_size, loop.micro_batch_size)
+        return row_batches(data.training, position, loop, state.parallel)
 
     objective = partial(next_token, sources=data.training.names)
     for step in resumable(output, state, batches_from, objective, loop):
         due = loop.validate_every_steps and step.step % loop.validate_every_steps == 0
         if data.validation and (due or step.step == loop.max_steps):
             held_out = _every_row(data.validation, loop.micro_batch_size)
-            output.metrics.log(step.step, **validation_losses(state.model, held_out, data.validation.names, loop))
+            found = validation_losses(state.model, held_out, data.validation.names, loop, state.parallel)
+            output.metrics.log(step.step, **found)
 
 
 def _every_row(rows: ExampleRows, micro_batch_size: int) -> Iterator[Batch]:
@@ -149,7 +156,8 @@ def check(config: SFTConfig) -> dict[str, Any]:
     epochs = data.training.epoch(config.loop.max_steps * config.loop.batch_size)
     shown = marked(start.tokenizer, data.training.batch(0, 1))
     in_fp8 = what_runs_in_fp8(start.config, config.loop, default_device())
-    return {"steps": config.loop.max_steps, "epochs": epochs, **in_fp8, **_summary(data), "first_row": shown}
+    ranks = rank_sizes(start.config, config.parallel, config.loop, config.seq_len)
+    return {"steps": config.loop.max_steps, "epochs": epochs, **in_fp8, **ranks, **_summary(data), "first_row": shown}
 
 
 def marked(tokenizer: Tokenizer, batch: Batch) -> str:

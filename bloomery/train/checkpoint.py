@@ -156,7 +156,8 @@ class Checkpoints:
     def _restore(self, folder: Path, state: TrainState) -> None:
         stored = shards.contents(folder)
         own = _tensors(state, moments=False)
-        names = {name for rank in self.peers.gather(list(own)) for name in rank}
+        twice = [_MODEL + name for name, _ in state.model.named_parameters(remove_duplicate=False)]
+        names = {name for rank in self.peers.gather([*own, *twice]) for name in rank}
         surplus = sorted(name for name in stored if name.startswith(_MODEL) and name not in names)
         problem = shards.misfit({name: shard for name, shard in own.items() if not name.startswith(_RANDOM)}, stored)
         problem = problem or (f"it also holds {surplus[0]}" if surplus else None)
@@ -188,24 +189,26 @@ class Checkpoints:
             self._writer.shutdown()
 
 
-def held(state: TrainState) -> Iterator[tuple[str, nn.Parameter, Piece]]:
+def _held(state: TrainState) -> Iterator[tuple[str, nn.Parameter, Piece]]:
     """(name in the model of one process, parameter, the part of it that this rank holds)."""
-    for name, parameter in state.model.named_parameters():
-        yield name, parameter, Piece.whole(parameter.shape)
+    if state.parallel is None:
+        for name, parameter in state.model.named_parameters():
+            yield name, parameter, Piece.whole(parameter.shape)
+    else:
+        for name, parameter in state.parallel.data.parameters.items():
+            yield name, parameter, state.parallel.placements[name].piece
 
 
 def _tensors(state: TrainState, moments: bool = True) -> dict[str, Shard]:
     """Everything that is a tensor, under names that do not depend on how the model is spread over ranks."""
     found: dict[str, Shard] = {}
-    for name, parameter, piece in held(state):
+    for name, parameter, piece in _held(state):
         found[_MODEL + name] = Shard(_local(parameter), piece)
         for entry, value in state.optimizer.state.get(parameter, {}).items() if moments else ():
             part = piece if value.shape == parameter.shape else Piece.whole(value.shape)
             found[f"{_OPTIMIZER}{name}.{entry}"] = Shard(_local(value), part)
-    parameters = {name for name, _ in state.model.named_parameters(remove_duplicate=False)}
-    for name, value in state.model.state_dict().items():
-        if name not in parameters:
-            found[_MODEL + name] = Shard.whole(value)
+    stored = state.model.state_dict()  # without the buffers that are made anew each time
+    found |= {_MODEL + name: Shard.whole(value) for name, value in state.model.named_buffers() if name in stored}
     return found | {_stream(state): Shard.whole(torch.get_rng_state())}
 
 
@@ -216,7 +219,7 @@ def _make_moments(state: TrainState, stored: dict[str, shards.TensorStorageMetad
         if name.startswith(_OPTIMIZER):
             owner, _, entry = name.removeprefix(_OPTIMIZER).rpartition(".")
             entries.setdefault(owner, {})[entry] = found
-    for name, parameter, piece in held(state):
+    for name, parameter, piece in _held(state):
         for entry, found in entries.get(name, {}).items():
             kind = found.properties.dtype
             alike = tuple(found.size) == piece.shape
@@ -230,7 +233,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _data_rank(state: TrainState) -> int:
-    return 0
+    return 0 if state.parallel is None else state.parallel.meshes.place("data")
 
 
 def _stream(state: TrainState) -> str:

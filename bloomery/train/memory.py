@@ -1,8 +1,11 @@
 """Bytes that training will need, estimated from the sizes alone."""
 
 from bloomery.model.config import ModelConfig
+from bloomery.parallel.mapping import Mapping
+from bloomery.parallel.work import ModelWork
 
 _STATE_BYTES = 16  # per fp32 parameter: weight, gradient and the two moments of AdamW
+_SHARDED_BYTES = 12  # of those, weight and moments, which both ways of sharding over data share out
 _FLOAT32_BYTES = 4
 _LONGEST_CHUNK = 64  # of the scan on a CPU; a GPU keeps less
 
@@ -21,6 +24,20 @@ def activation_bytes(config: ModelConfig, micro_batch_size: int, seq_len: int, r
     layers = [_floats_per_token(config, kind) for kind in config.pattern]
     kept = config.hidden_size * len(layers) + max(layers) if recompute else sum(layers)
     return _FLOAT32_BYTES * micro_batch_size * seq_len * (kept + config.hidden_size)
+
+
+def rank_state_bytes(config: ModelConfig, mapping: Mapping, seq_len: int) -> int:
+    """As `state_bytes`, on the rank of a mapping that holds most; under zero 1 with the weights and gradients gathered
+    for the length of a step."""
+    work = ModelWork(config, seq_len)
+    held = work.held(mapping, work.stages(mapping.pipeline))
+    most = []
+    for stage in held:
+        whole = stage.dense + stage.expert
+        shard = stage.dense / (mapping.data * mapping.context) + stage.expert / mapping.expert_data
+        gathered = 2 * _FLOAT32_BYTES * whole if shard < whole else _FLOAT32_BYTES * whole
+        most.append(_STATE_BYTES * shard if mapping.zero == 3 else _SHARDED_BYTES * shard + gathered)
+    return round(max(most))
 
 
 def _floats_per_token(config: ModelConfig, kind: str) -> int:

@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from bloomery import artifact
 from bloomery.artifact import Manifest, Output
-from bloomery.config import Config, DatasetDir, Field, ModelDir, build
+from bloomery.config import RUN_ONLY, Config, DatasetDir, Field, ModelDir, build
 from bloomery.data.blend import TOKENIZER, BlendedRows
 from bloomery.data.pack import Batch
 from bloomery.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,13 +19,15 @@ from bloomery.errors import ConfigError
 from bloomery.model import hf
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
+from bloomery.parallel.settings import ParallelConfig
+from bloomery.parallel.world import world
 from bloomery.progress import say
 from bloomery.train.loop import LoopConfig, TrainState
 from bloomery.train.losses import next_token
 from bloomery.train.memory import activation_bytes, state_bytes
-from bloomery.train.model_folder import default_device, placed
-from bloomery.train.optim import adamw
+from bloomery.train.model_folder import default_device
 from bloomery.train.run import resumable, what_runs_in_fp8
+from bloomery.train.spread import rank_sizes, row_batches, save_model, spread, whole_ledger
 from bloomery.train.validation import validation_losses
 
 
@@ -48,6 +50,9 @@ class PretrainConfig(Config):
         default=None, description="the model to go on from, with a fresh optimizer (give this or model)"
     )
     loop: LoopConfig = Field(description="how to train")
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), json_schema_extra=RUN_ONLY, description="how the work is spread over ranks"
+    )
     validation_rows: int = Field(default=64, ge=0, description="held-out rows of each source to validate on; 0: none")
     seed: int = Field(default=0, description="seed of the initial weights")
 
@@ -78,7 +83,8 @@ def check(config: PretrainConfig) -> dict[str, Any]:
     seq_len = _checked_rows(config, model).seq_len
     tokens = loop.max_steps * loop.batch_size * seq_len
     activations = activation_bytes(model, loop.micro_batch_size, seq_len, loop.activation_checkpointing)
-    return found | {"activation_bytes": activations, "tokens": tokens, "flops": model.flops_per_token(seq_len) * tokens}
+    found |= {"activation_bytes": activations, **rank_sizes(model, config.parallel, loop, seq_len)}
+    return found | {"tokens": tokens, "flops": model.flops_per_token(seq_len) * tokens}
 
 
 def run(config: PretrainConfig, out: Path) -> Manifest:
@@ -90,11 +96,13 @@ def run(config: PretrainConfig, out: Path) -> Manifest:
     with Output(out, "pretrain", config) as output:
         if output.done:
             return artifact.read_manifest(output.path)  # type: ignore[return-value]
-        state = _initial_state(config, model_config)
+        state = spread(_initial_model(config, model_config), config.parallel, config.loop, rows.seq_len)
         _train(state, rows, config, output)
-        hf.save(state.model, output.model)  # type: ignore[arg-type]
+        save_model(state, model_config, output.model)
+        if not world().is_main:
+            return output.finish("model", world=world().size)
         tokenizer.save(output.model)
-        return output.finish("model", _summary(state, rows, output))
+        return output.finish("model", _summary(state, model_config, rows, output), world().size)
 
 
 def _train(state: TrainState, rows: BlendedRows, config: PretrainConfig, output: Output) -> None:
@@ -104,15 +112,16 @@ def _train(state: TrainState, rows: BlendedRows, config: PretrainConfig, output:
     def batches_from(position: int) -> Iterator[list[Batch]]:
         nonlocal first
         first = position
-        return rows.batches(position, loop.batch_size, loop.micro_batch_size)
+        return row_batches(rows, position, loop, state.parallel)
 
     objective = partial(next_token, sources=rows.names)
     for step in resumable(output, state, batches_from, objective, loop):
         due = loop.validate_every_steps and step.step % loop.validate_every_steps == 0
         if config.validation_rows and (due or step.step == loop.max_steps):
             held_out = rows.validation(loop.micro_batch_size, config.validation_rows)
-            output.metrics.log(step.step, **validation_losses(state.model, held_out, rows.names, loop))
-    rows.ledger.verify(rows.plan, first, state.position)
+            found = validation_losses(state.model, held_out, rows.names, loop, state.parallel)
+            output.metrics.log(step.step, **found)
+    whole_ledger(rows.ledger, state.parallel).verify(rows.plan, first, state.position)
 
 
 def _tokenizer(config: PretrainConfig) -> Tokenizer:
@@ -171,17 +180,15 @@ def _checked_rows(config: PretrainConfig, model: ModelConfig) -> BlendedRows:
     return rows
 
 
-def _initial_state(config: PretrainConfig, model_config: ModelConfig) -> TrainState:
+def _initial_model(config: PretrainConfig, model_config: ModelConfig) -> Decoder:
+    """The same weights on every rank."""
     torch.manual_seed(config.seed)
     if config.init is None:
-        model = Decoder(model_config)
-    else:
-        model = hf.load(artifact.resolve(config.init, "model"), torch.float32)
-    model = placed(model)
-    return TrainState(model, adamw(model, config.loop))
+        return Decoder(model_config)
+    return hf.load(artifact.resolve(config.init, "model"), torch.float32)
 
 
-def _summary(state: TrainState, rows: BlendedRows, output: Output) -> dict[str, Any]:
+def _summary(state: TrainState, model: ModelConfig, rows: BlendedRows, output: Output) -> dict[str, Any]:
     """Headline numbers, read back from the metrics so that a resumed run says the same; only the speed is its own."""
     steps = [row for row in output.metrics.read() if "loss" in row]
     validations = [row for row in output.metrics.read() if "validation_loss" in row]
@@ -190,7 +197,7 @@ def _summary(state: TrainState, rows: BlendedRows, output: Output) -> dict[str, 
     if state.position < rows.num_sequences:
         say(f"pretrain  read {state.position} of the {rows.num_sequences} sequences planned")
     return {
-        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "parameters": model.count_parameters(),
         "steps": state.step,
         "tokens": state.position * rows.seq_len,
         "loss": steps[-1]["loss"],
