@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +21,7 @@ from bloomery.evaluate.scoring import Answer, answer_all, choose, metrics, repor
 from bloomery.generate import Engine, SamplingParams
 from bloomery.model import hf
 from bloomery.train.model_folder import ModelFolder, open_model, placed
-from bloomery.verify import Pool, self_test
+from bloomery.verify import open_pool, self_test
 
 SCHEMA = pa.schema([
     ("task", pa.string()), ("id", pa.string()), ("source", pa.string()),
@@ -47,6 +47,10 @@ class EvaluateConfig(Config):
     seed: int = Field(default=0, description="seed of the choice of problems and of the sampling")
     max_batch: int = Field(default=64, gt=0, description="sequences decoded at a time", json_schema_extra=RUN_ONLY)
     workers: int = Field(default=2, gt=0, description="processes that judge", json_schema_extra=RUN_ONLY)
+    verify_on: Literal["local", "ray"] = Field(
+        default="local", description="where they run: on this machine, or on a Ray cluster (extra ray)",
+        json_schema_extra=RUN_ONLY,
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
@@ -100,7 +104,7 @@ def _answers(config: EvaluateConfig, start: ModelFolder, prompts: Sequence[Promp
     window = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
     rows = min(config.max_batch, len(prompts) * config.num_samples)
     engine = Engine(placed(hf.load(start.path)), rows, window, decode=start.tokenizer.decode)
-    with Pool(config.workers, require_think=config.require_think) as pool:
+    with open_pool(config.verify_on, config.workers, config.require_think) as pool:
         return answer_all(engine, pool, prompts, config.num_samples, config.sampling(start.tokenizer), config.seed)
 
 

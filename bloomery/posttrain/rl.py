@@ -39,7 +39,7 @@ from bloomery.train.loop import TrainState, computes_in_bf16
 from bloomery.train.model_folder import ModelFolder, open_model, placed
 from bloomery.train.optim import adamw
 from bloomery.train.run import resumable
-from bloomery.verify import Pool, self_test
+from bloomery.verify import open_pool, self_test
 
 _ENDS = 5
 
@@ -53,7 +53,7 @@ def run(config: RLConfig, out: Path) -> Manifest:
         prompts = distinct(_load_prompts(config, start, drops), drops)
         self_test(sorted({prompt.verifier for prompt in prompts}))
         model = placed(hf.load(start.path, dtype=torch.float32))
-        with Pool(config.workers, require_think=config.require_think) as pool:
+        with open_pool(config.verify_on, config.workers, config.require_think) as pool:
             if config.check_answers:
                 prompts = winnable(prompts, pool, config.require_think, drops)
             curriculum = Curriculum(prompts, config.seed, config.drop_solved, _rates_before(config))

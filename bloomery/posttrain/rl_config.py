@@ -186,6 +186,10 @@ class RLConfig(Config):
     generator: AnyGenerator = Field(default=EngineGenerator(), description="what writes the completions")
     max_batch: int = Field(default=256, gt=0, description="sequences decoded at a time", json_schema_extra=RUN_ONLY)
     workers: int = Field(default=2, gt=0, description="processes that judge", json_schema_extra=RUN_ONLY)
+    verify_on: Literal["local", "ray"] = Field(
+        default="local", description="where they run: on this machine, or on a Ray cluster (extra ray)",
+        json_schema_extra=RUN_ONLY,
+    )  # fmt: skip
     store_every_steps: int = Field(
         default=20, gt=0, description="steps between stored rollouts; the last are kept", json_schema_extra=RUN_ONLY
     )

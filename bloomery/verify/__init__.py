@@ -8,7 +8,8 @@ verifier is an exception.
 from bloomery.verify.canaries import echo, self_test
 from bloomery.verify.deferred import Deferred
 from bloomery.verify.pool import Pool, judge
+from bloomery.verify.ray_pool import open_pool
 from bloomery.verify.verdict import Status, Verdict
 from bloomery.verify.verifiers import VERIFIERS
 
-__all__ = ["VERIFIERS", "Deferred", "Pool", "Status", "Verdict", "echo", "judge", "self_test"]
+__all__ = ["VERIFIERS", "Deferred", "Pool", "Status", "Verdict", "echo", "judge", "open_pool", "self_test"]

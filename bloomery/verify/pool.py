@@ -22,7 +22,7 @@ from bloomery.verify.verifiers import lookup
 Item = tuple[str, str, str]
 """(verifier, completion, answer)"""
 
-_COMMAND = (sys.executable, "-m", "bloomery.verify.worker")
+COMMAND = (sys.executable, "-m", "bloomery.verify.worker")
 _LOAD_SECONDS = 120.0
 _ATTEMPTS = 2
 
@@ -52,12 +52,12 @@ class Pool:
         workers: int = 2,
         deadline_seconds: float = 10.0,
         require_think: bool = False,
-        command: Sequence[str] = _COMMAND,
+        command: Sequence[str] = COMMAND,
     ):
         self._deadline, self._require_think, self._command = deadline_seconds, require_think, command
         self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="verify")
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._alive: set[_Worker] = set()
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._alive: set[Worker] = set()
         self._closed = False
 
     def submit(self, verifier: str, completion: str, answer: str) -> "Future[Verdict]":
@@ -98,17 +98,20 @@ class Pool:
             return Verdict.of(cast(Status, reply["status"]), reply["reason"])
         return Verdict.of("infra_error", f"the worker process died {_ATTEMPTS} times on this item")
 
-    def _take(self) -> "_Worker":
+    def _take(self) -> "Worker":
         try:
             return self._idle.get_nowait()
         except queue.Empty:
-            worker = _Worker(self._command)
+            worker = self._start()
             self._alive.add(worker)
         if self._closed:  # closed while this one was starting
             worker.kill()
         return worker
 
-    def _discard(self, worker: "_Worker") -> None:
+    def _start(self) -> "Worker":
+        return Worker(self._command)
+
+    def _discard(self, worker: "Worker") -> None:
         self._alive.discard(worker)
         worker.bury()
 
@@ -135,7 +138,7 @@ def _shared_pool() -> Pool:
     return pool
 
 
-class _Worker:
+class Worker:
     """One process that answers one request at a time. Used by one thread at a time, except for `kill`."""
 
     def __init__(self, command: Sequence[str]):
@@ -150,24 +153,28 @@ class _Worker:
         """The reply to one item. Raises `TimeoutError` past the deadline, `EOFError` when the process dies."""
         if task.judge not in self._loaded:
             self._load(task.judge)
-        return self._ask({"judge": task.judge, "arguments": dict(task.arguments), "seconds": seconds}, seconds)
+        return self.ask({"judge": task.judge, "arguments": dict(task.arguments), "seconds": seconds}, seconds)
 
     def _load(self, judge: str) -> None:
         """Imports take seconds on a busy machine; they do not count against an item's deadline."""
         try:
-            reply = self._ask({"load": judge}, _LOAD_SECONDS)
+            reply = self.ask({"load": judge}, _LOAD_SECONDS)
         except TimeoutError:
             raise BloomeryError(f"verify: a worker could not load {judge!r} within {_LOAD_SECONDS:g} s") from None
         except (EOFError, BrokenPipeError):
             raise BloomeryError(
-                f"verify: a worker process ended while loading {judge!r} (exit status {self._process.wait()}); "
+                f"verify: a worker process ended while loading {judge!r}{self._ending()}; "
                 f"run {shlex.join(self._command)} by hand to see why"
             ) from None
         if "bug" in reply:
             raise BloomeryError(f"verify: a worker cannot load {judge!r}; check the installation\n{reply['bug']}")
         self._loaded.add(judge)
 
-    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, str]:
+    def _ending(self) -> str:
+        return f" (exit status {self._process.wait()})"
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, str]:
+        """The reply to one request."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
