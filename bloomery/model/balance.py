@@ -55,7 +55,7 @@ class Balancing:
     """The balancing terms of one layer.
 
     Swap points: `total` and `total_step` sum a tensor, in place, over the processes that share the tokens of a
-    micro-batch, and over all that hold tokens of the step.
+    micro-batch, and over all that hold tokens of the step; `more` gives metrics of the last forward pass.
     """
 
     def __init__(self, gate: "Router", layers: int):
@@ -64,6 +64,7 @@ class Balancing:
         self.gate, self.layers = gate, layers
         self.total: Callable[[Tensor], Tensor] = _alone
         self.total_step: Callable[[Tensor], Tensor] = _alone
+        self.more: Callable[[], Metrics] = dict
         self.labels: Labels | None = None  # of the next forward pass, which uses them up
         self.found: Found | None = None
         self.load: Tensor | None = None  # choices of each expert so far in this step: this process's
@@ -214,6 +215,10 @@ def terms(model: nn.Module) -> tuple[Tensor, Metrics] | None:
         z = torch.stack(squares).sum() / layers
         total = total + labels.worth(config.z_weight, 1, z.dtype)[0] * z
         metrics["router_z"] = (z * labels.all.sum(), own)
+    for each in own_layers:
+        for name, (part, share) in each.more().items():
+            before = metrics.get(name, (0.0, 0.0))
+            metrics[name] = (before[0] + part, before[1] + share)
     return total, metrics
 
 
