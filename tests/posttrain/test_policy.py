@@ -1,18 +1,20 @@
 """Micro-batches and the policy-gradient objective: any split gives the gradient of a plain loop over tokens."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from bloomery.data.pack import IGNORE
+from bloomery.data.pack import IGNORE, Batch
 from bloomery.data.prompts import Prompt
 from bloomery.errors import DivergenceError
 from bloomery.generate import Completion
-from bloomery.posttrain.batches import Row, micro_batches, split_by_length
+from bloomery.posttrain.batches import Row, from_json, micro_batches, split_by_length, to_json
 from bloomery.posttrain.policy import PolicyGradient, add_logprobs
-from bloomery.posttrain.rl_config import Clip
+from bloomery.posttrain.rl_config import Clip, Correction, Overlong
 from bloomery.posttrain.rollouts import Rollouts, Sample
 from bloomery.verify import Verdict
 
@@ -167,3 +169,93 @@ def test_clipped_equals_on_policy_where_nothing_has_moved(rollouts: Rollouts) ->
     batch["old_logprobs"] = batch["generator_logprobs"]
     losses = [PolicyGradient(TEMPERATURE, 1e-4, clip=clip)(Recurrent(), batch).sum.item() for clip in (None, Clip())]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def with_lengths(lengths: list[list[int]], scores: list[list[float]], limit: int = MAX_NEW) -> Rollouts:
+    """Completions of these lengths; one as long as the limit was cut off."""
+    model, groups = Recurrent(), []
+    for number, pairs in enumerate(zip(lengths, scores, strict=True)):
+        prompt = Prompt(str(number), "s", [], "", "", (1, number + 2))
+        made = [sample(model, prompt, length, score) for length, score in zip(*pairs, strict=True)]
+        cut = ["length" if s.tokens == limit else "stop" for s in made]
+        groups.append([
+            Sample(prompt, replace(s.completion, finish_reason=reason), s.verdict)
+            for s, reason in zip(made, cut, strict=True)
+        ])  # fmt: skip
+    return Rollouts(groups)
+
+
+def values_of(batches: list[Batch]) -> tuple[list[float], float]:
+    """(advantages of all rows in rising order, the step's denominator)"""
+    gains = sorted(gain for batch in batches for gain in batch["advantages"].tolist())
+    return gains, sum(batch["loss_weight"].item() for batch in batches)
+
+
+def test_overlong_filter_masks_after_the_advantages() -> None:
+    """Rewards 1, 0, 0, 0 of which one zero was cut off: advantages of all four, three of them learnt and counted."""
+    rollouts = with_lengths([[2, 3, 8, 4]], [[1, 0, 0, 0]])
+    plain = values_of(micro_batches(rollouts, 99, 0, "token_mean", MAX_NEW))
+    filtered = values_of(micro_batches(rollouts, 99, 0, "token_mean", MAX_NEW, overlong=Overlong(filter=True)))
+    assert plain == (pytest.approx([-0.5, -0.5, -0.5, 1.5], abs=1e-5), 17.0)
+    assert filtered == (pytest.approx([-0.5, -0.5, 1.5], abs=1e-5), 9.0)
+    assert rollouts.mixed(skip_truncated=True)
+    assert not with_lengths([[8, 8]], [[1, 0]]).mixed(skip_truncated=True)
+
+
+def test_overlong_penalty_shapes_the_reward_but_makes_no_signal() -> None:
+    """Limit 8 over 4 tokens: lengths 4, 6, 8 lose 0, 0.5, 1. Group 1: 1, 0.5, 0 → ±0.5 about the mean. Group 2 is all
+    wrong: no length makes it a signal."""
+    rollouts = with_lengths([[4, 6, 4], [4, 6, 8]], [[1, 1, 0], [0, 0, 0]])
+    shaped = micro_batches(
+        rollouts, 99, 0, "token_mean", MAX_NEW, scale="none", overlong=Overlong(penalty_tokens=4)
+    )  # fmt: skip
+    assert values_of(shaped) == (pytest.approx([-0.5, 0.5], abs=1e-6), 32.0)
+
+
+def test_only_active_completions_in_the_denominator() -> None:
+    rollouts = with_lengths([[2, 3], [4, 5]], [[1, 0], [1, 1]])
+    assert values_of(micro_batches(rollouts, 99, 0, "token_mean", MAX_NEW))[1] == 14.0
+    assert values_of(micro_batches(rollouts, 99, 0, "token_mean", MAX_NEW, active_only=True))[1] == 5.0
+
+
+def test_dr_grpo_is_a_plain_difference_over_a_constant() -> None:
+    """Rewards 1, 0: ±0.5 whatever the spread; every token's loss over 2 completions × 8 tokens."""
+    rollouts = with_lengths([[2, 3]], [[1, 0]])
+    batches = micro_batches(rollouts, 99, 0, "seq_mean_token_sum_norm", MAX_NEW, scale="none")
+    assert values_of(batches) == ([-0.5, 0.5], 2.0)
+    assert batches[0]["row_weights"].tolist() == [1 / 8, 1 / 8]
+
+
+def test_mismatch_weights_multiply_each_tokens_loss(rollouts: Rollouts) -> None:
+    """A generator that thought every token e^0.5 less likely: w = e^0.5 = 1.6487, cut at 1.5."""
+    [batch] = micro_batches(rollouts, 10_000, 0, "token_mean", MAX_NEW)
+    plain = PolicyGradient(TEMPERATURE, 9.0)(Recurrent(), batch).sum.item()
+    shifted = {**batch, "generator_logprobs": batch["generator_logprobs"] - 0.5}
+    for high, factor in ((2.0, 1.6487), (1.5, 1.5)):
+        loss = PolicyGradient(TEMPERATURE, 9.0, correction=Correction(high=high))(Recurrent(), shifted)
+        assert loss.sum.item() == pytest.approx(factor * plain, rel=1e-4)
+        total, count = loss.metrics["mismatch_weight"]
+        assert float(total) / float(count) == pytest.approx(factor, rel=1e-4)
+
+
+def test_several_updates_compare_the_policy_before_them_with_the_generator(rollouts: Rollouts) -> None:
+    """The second update has moved away from the samples, and that is no reason to stop."""
+    [batch] = micro_batches(rollouts, 10_000, 0, "token_mean", MAX_NEW)
+    add_logprobs(Recurrent(), [batch], "old_logprobs", TEMPERATURE)
+    objective, moved = PolicyGradient(TEMPERATURE, 1e-4, clip=Clip()), Recurrent(seed=1)
+    loss = objective(moved, batch)
+    assert objective.largest_gap < 1e-5
+    assert float(loss.metrics["clipped"][0]) > 0
+    assert float(PolicyGradient(TEMPERATURE, 1e-4, clip=Clip())(Recurrent(), batch).metrics["clipped"][0]) == 0
+    [stale] = micro_batches(rollouts, 10_000, 0, "token_mean", MAX_NEW)
+    add_logprobs(moved, [stale], "old_logprobs", TEMPERATURE)
+    with pytest.raises(DivergenceError, match="not from the policy being trained"):
+        objective(Recurrent(), stale)
+
+
+def test_what_a_checkpoint_keeps_of_a_batch_is_the_batch(rollouts: Rollouts) -> None:
+    batches = micro_batches(rollouts, 4, 0, "token_mean", MAX_NEW)
+    back = from_json(json.loads(json.dumps(to_json(batches))))
+    for mine, theirs in zip(batches, back, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
