@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from bloomery import artifact
@@ -39,8 +40,8 @@ def _measure(claim: Claim, waiting: list[Cell], files: dict[Cell, Path], root: P
         with Bar(f"claim {claim.name}", len(files)) as bar:
             bar.update(len(files) - len(waiting))
             while waiting or running:
-                while waiting and len(running) < claim.workers:
-                    cell = waiting.pop(0)
+                while len(running) < claim.workers and (cell := _next(claim, waiting, running)):
+                    waiting.remove(cell)
                     running[cell] = _start(claim.name, cell, files[cell], root, smoke)
                 time.sleep(0.05)
                 for cell in [cell for cell, process in running.items() if process.poll() is not None]:
@@ -50,6 +51,11 @@ def _measure(claim: Claim, waiting: list[Cell], files: dict[Cell, Path], root: P
         for process in running.values():
             process.kill()
             process.wait()
+
+
+def _next(claim: Claim, waiting: list[Cell], running: Collection[Cell]) -> Cell | None:
+    """The first cell whose predecessor is measured."""
+    return next((c for c in waiting if (claim.after.get(c[0]), c[1]) not in {*waiting, *running}), None)
 
 
 def _start(name: str, cell: Cell, file: Path, root: Path, smoke: bool) -> subprocess.Popen:
@@ -72,7 +78,7 @@ def measure(name: str, arm: str, seed: int, file: Path, smoke: bool) -> None:
     commit = _commit(root)
     claim = source.load(name, root)
     started = time.monotonic()
-    result = claim.measure(arm, seed, smoke)
+    result = claim.measure(arm, seed, smoke, *([file.parent] if claim.after else []))
     record = {"arm": arm, "seed": seed, "result": result, "seconds": round(time.monotonic() - started, 2)}
     artifact.write_json(file, record | {"commit": commit})
 

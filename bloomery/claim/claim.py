@@ -1,7 +1,7 @@
 """The nouns: a claim, what it expects, and what was found."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,8 @@ class Claim:
     """One experiment of a paper at our scale.
 
     measure: (arm, seed, smoke) → JSON values; runs in a process of its own with one thread.
+    after: arm → an earlier arm whose cell of the same seed must be measured first. Where any is given, `measure` also
+    gets the folder of the cells, in which a cell may leave what later ones need.
     judge: all cells → one finding per expectation, in their order, made by `Expectation.judged`.
     figure: draws the picture to an SVG file. limits: what the result does not show, for the page.
     workers: cells measured at once; 1 where time is what is measured.
@@ -70,12 +72,13 @@ class Claim:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     smoke_seeds: tuple[int, ...]
-    measure: Callable[[str, int, bool], dict[str, JSONValue]]
+    measure: Callable[..., dict[str, JSONValue]]
     expected: tuple[Expectation, ...]
     judge: Callable[[Cells], Sequence[Finding]]
     limits: str
     figure: Callable[[Cells, Path], None] | None = None
     workers: int = 2
+    after: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (self.arms and self.seeds and self.smoke_seeds and self.expected):
@@ -85,6 +88,10 @@ class Claim:
                 f"claim {self.name}: seeds {self.seeds}, smoke_seeds {self.smoke_seeds}: seeds that judge are below "
                 f"{DEVELOPMENT_SEEDS}, those of smoke tests and development from there on, so that they never meet"
             )
+
+        for arm, first in self.after.items():
+            if arm not in self.arms or first not in self.arms[: self.arms.index(arm)]:
+                raise ConfigError(f"claim {self.name}: after: {arm} waits for {first}, which is no earlier arm of it")
 
     def findings(self, cells: Cells) -> list[Finding]:
         """What `judge` says, held against what was expected beforehand."""
