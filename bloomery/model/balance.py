@@ -10,12 +10,13 @@ the loss. Whoever trains calls `weigh` before each forward pass, and `after_step
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from bloomery.config import Config, Field
+from bloomery.config import RUN_ONLY, Config, Field
 from bloomery.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +41,26 @@ class BalanceConfig(Config):
         ge=0,
         description="Change of the selection bias per step, towards experts with less load, often 1e-3",
     )
+    capacity_factor: float | None = Field(
+        default=None, gt=0, description="Copies of tokens an expert takes at most, over an even load; none: all"
+    )
+    drop: Literal["sub_sequence", "full_sequence"] = Field(
+        default="sub_sequence", description="Whose tokens share a capacity: those of one rank, or of the micro-batch"
+    )
+    drop_policy: Literal["probs", "position"] = Field(
+        default="probs", description="What an expert keeps: the copies with the greatest weights, or the earliest"
+    )
+    pad: bool = Field(
+        default=False,
+        json_schema_extra=RUN_ONLY,
+        description="Send every expert its whole capacity, so that no shape depends on the data; same result",
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.capacity_factor is None and (self.pad or self.drop != "sub_sequence" or self.drop_policy != "probs"):
+            raise ValueError("drop, drop_policy and pad have no effect without capacity_factor; set it, often to 1")
+        return self
 
 
 class Routing(NamedTuple):

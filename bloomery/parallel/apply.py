@@ -16,6 +16,7 @@ from bloomery.parallel import mapping as grids
 from bloomery.parallel.collectives import all_reduce_
 from bloomery.parallel.context import ContextModes, apply_context
 from bloomery.parallel.data import WORLD, DataParallel, local, shard_data
+from bloomery.parallel.expert import Way, apply_experts
 from bloomery.parallel.mesh import Meshes
 from bloomery.parallel.pieces import Piece, Placement
 from bloomery.parallel.pipeline import Pipeline, cut
@@ -130,10 +131,13 @@ class Parallel:
         return Directory.of({name: (self._pieces[name], tensor.dtype) for name, tensor in self._held.items()})
 
 
-def parallelize(model: Decoder, mapping: grids.Mapping, context: ContextModes | None = None) -> Parallel:
+def parallelize(
+    model: Decoder, mapping: grids.Mapping, context: ContextModes | None = None, dispatcher: Way = "auto"
+) -> Parallel:
     """Makes this rank's part of `model` in place; all ranks call it with the same weights.
 
-    context: how attention and Mamba-2 look across a sequence whose tokens several ranks hold.
+    context: how attention and Mamba-2 look across a sequence whose tokens several ranks hold. dispatcher: how tokens
+    reach the experts of other ranks; `auto`: the way that sends fewer bytes.
 
     Raises `ConfigError` for degrees that do not fill the ranks or divide the model, and where ranks disagree.
     """
@@ -143,6 +147,7 @@ def parallelize(model: Decoder, mapping: grids.Mapping, context: ContextModes | 
     _check_agreement({"mapping": mapping, "model": model.config, "context": modes})
     placements = apply_tensor(model, meshes)
     apply_context(model, meshes, modes)
+    placements |= apply_experts(model, meshes, dispatcher, modes.layout)
     if meshes.size("context", "tensor") > 1:
         model.context = Shared(model, meshes)  # type: ignore[method-assign]
     pipeline = cut(model, meshes) if mapping.pipeline > 1 else None

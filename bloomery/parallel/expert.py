@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from bloomery.errors import ConfigError
+from bloomery.model.balance import BalanceConfig
 from bloomery.model.decoder import Decoder
 from bloomery.model.moe import Experts, MoE
-from bloomery.parallel.capacity import Capacity, Drop, Policy, Sequence
+from bloomery.parallel.capacity import Capacity, Sequence
 from bloomery.parallel.collectives import all_reduce_
 from bloomery.parallel.dispatch import AllGather, AllToAll, Dispatcher, Grid
 from bloomery.parallel.mesh import Meshes
@@ -27,24 +28,16 @@ _WIDTHS = {"gate_proj": 1, "up_proj": 1, "down_proj": 2}  # the dimension of the
 
 
 def apply_experts(
-    model: Decoder,
-    meshes: Meshes,
-    dispatcher: Way = "auto",
-    capacity_factor: float | None = None,
-    drop: Drop = "sub_sequence",
-    policy: Policy = "probs",
-    pad: bool = False,
-    layout: Kind = "zigzag",
+    model: Decoder, meshes: Meshes, dispatcher: Way = "auto", layout: Kind = "zigzag"
 ) -> dict[str, Placement]:
     """Shares the experts of the `E` layers in place, and makes their balancing count the tokens of all ranks.
 
-    dispatcher: `auto` takes the one that sends fewer bytes. capacity_factor: copies that an expert takes at most, over
-    an even load; `None`: all. drop, policy, pad: as in `Capacity`. layout: how context ranks hold their tokens.
+    dispatcher: `auto` takes the one that sends fewer bytes. layout: how context ranks hold their tokens. Capacities are
+    those of `model.balance.install`, before; they also limit the experts of a single process.
 
-    Returns where the experts' parameters belong, by their names in the model. Raises `ConfigError` for settings that
-    exclude each other.
+    Returns where the experts' parameters belong, by their names in the model. Raises `ConfigError` for a padded
+    capacity with a dispatcher that has none.
     """
-    capacity = _capacity(capacity_factor, drop, policy, pad, dispatcher)
     placements: dict[str, Placement] = {}
     for number, layer in enumerate(model.layers.children()):
         moe = layer.mixer
@@ -52,7 +45,7 @@ def apply_experts(
             continue
         found = share(moe.experts, meshes)
         placements |= {f"layers.{number}.mixer.experts.{name}": placement for name, placement in found.items()}
-        if (ours := _dispatcher(moe, meshes, dispatcher, capacity, layout)) is not None:
+        if (ours := _dispatcher(moe, meshes, dispatcher, layout)) is not None:
             moe.dispatch, moe.balancing.more = ours, partial(getattr, ours, "metrics")
         moe.balancing.total = lambda x: all_reduce_(x, meshes.group("context", "tensor"))
         moe.balancing.total_step = lambda x: all_reduce_(x, meshes.group("data", "context", "tensor"))
@@ -79,14 +72,16 @@ def sends_fewer(choices: int, expert: int, expert_tensor: int) -> Literal["all_t
     return "all_to_all" if to_experts <= expert * expert_tensor - 1 else "all_gather"
 
 
-def _dispatcher(moe: MoE, meshes: Meshes, way: Way, capacity: Capacity | None, layout: Kind) -> Dispatcher | None:
+def _dispatcher(moe: MoE, meshes: Meshes, way: Way, layout: Kind) -> Dispatcher | None:
     """`None` where a rank has all it needs: the model's own dispatch does."""
-    degrees = meshes.size("expert"), meshes.size("expert_tensor")
+    degrees, capacity = (meshes.size("expert"), meshes.size("expert_tensor")), _capacity(moe.balancing.config)
     if degrees == (1, 1) and capacity is None:
         return None
+    padded = capacity is not None and capacity.pad
+    if padded and way == "all_gather":
+        raise ConfigError("balance.pad: only the dispatcher all_to_all pads; choose that one or auto, or leave pad out")
     config = moe.gate.config
     if way == "auto":
-        padded = capacity is not None and capacity.pad
         way = "all_to_all" if padded else sends_fewer(config.num_experts_per_tok, *degrees)
     grid = Grid(
         config.n_routed_experts, degrees, (meshes.place("expert"), meshes.place("expert_tensor")),
@@ -104,13 +99,7 @@ def _sequence(meshes: Meshes, layout: Kind) -> Sequence:
     return Sequence(meshes.group("context", "tensor"), meshes.size("context", "tensor"), places)
 
 
-def _capacity(factor: float | None, drop: Drop, policy: Policy, pad: bool, way: Way) -> Capacity | None:
-    if factor is None:
-        if pad or drop != "sub_sequence" or policy != "probs":
-            raise ConfigError("experts: drop, policy and pad have no effect without capacity_factor; set it, often 1")
+def _capacity(config: BalanceConfig) -> Capacity | None:
+    if config.capacity_factor is None:
         return None
-    if not factor > 0:
-        raise ConfigError(f"experts: capacity_factor {factor:g} keeps no token; choose 1 or more, or none to drop none")
-    if pad and way == "all_gather":
-        raise ConfigError("experts: pad is of the all_to_all dispatcher; choose that one or auto, or leave pad out")
-    return Capacity(factor, drop, policy, pad)
+    return Capacity(config.capacity_factor, config.drop, config.drop_policy, config.pad)

@@ -27,6 +27,9 @@ class ParallelConfig(Config):
         default=1, description="sharded over data: 1 optimizer state, 3 weights and gradients as well"
     )
     recompute: bool = Field(default=False, description="keep only the input of each layer for the backward pass")
+    dispatcher: Literal["auto", "all_to_all", "all_gather"] = Field(
+        default="auto", description="how tokens reach the experts of other ranks; auto: the way that sends fewer bytes"
+    )
     timeout_seconds: float = Field(
         default=TIMEOUT_SECONDS, gt=0, description="longest wait for another rank before the run stops, in seconds"
     )

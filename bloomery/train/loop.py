@@ -16,6 +16,7 @@ from bloomery.config import RUN_ONLY, Config, Field
 from bloomery.data.pack import Batch
 from bloomery.errors import ConfigError
 from bloomery.model import balance
+from bloomery.model.balance import BalanceConfig
 from bloomery.parallel.apply import Parallel
 from bloomery.train.fp8 import Fp8, Fp8Config, Telemetry
 from bloomery.train.losses import Loss
@@ -54,6 +55,7 @@ class LoopConfig(Config):
     min_ratio: float = Field(
         default=0.01, ge=0, le=1, description="learning rate at the last step, as a share of the peak"
     )
+    balance: BalanceConfig = Field(default=BalanceConfig(), description="how the load of experts is kept even")
     max_grad_norm: float | None = Field(
         default=1.0, gt=0, description="gradients are scaled down to this norm; null: never"
     )

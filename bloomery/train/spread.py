@@ -15,10 +15,13 @@ from bloomery.data.ledger import Ledger
 from bloomery.data.loader import Sequences
 from bloomery.data.pack import IGNORE, Batch
 from bloomery.errors import ConfigError
-from bloomery.model import hf
+from bloomery.model import balance, hf
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
 from bloomery.parallel.apply import Parallel, parallelize
+from bloomery.parallel.expert import apply_experts
+from bloomery.parallel.mapping import Mapping
+from bloomery.parallel.mesh import Meshes
 from bloomery.parallel.plan import describe
 from bloomery.parallel.settings import ParallelConfig
 from bloomery.parallel.world import world
@@ -34,16 +37,19 @@ def spread(model: Decoder, settings: ParallelConfig, loop: LoopConfig, seq_len: 
 
     Raises `ConfigError` naming the degree that fits neither the ranks nor the model nor the batch.
     """
+    balance.install(model, loop.balance)
     if world().size == 1:
         if settings.smallest > 1:
             say(f"parallel: not used in one process; these degrees are for {settings.smallest} ranks or a multiple")
         model = placed(model)
+        if loop.balance.capacity_factor is not None:
+            apply_experts(model, Meshes.create(Mapping()))
         return TrainState(model, adamw(model, loop))
     mapping = settings.mapping()
     mapping.check_model(model.config, seq_len, "parallel")
     rows_of_a_rank(loop, mapping.data)
     say(f"parallel: {describe(mapping)} over {world().size} ranks")
-    parallel = parallelize(placed(model), mapping)
+    parallel = parallelize(placed(model), mapping, dispatcher=settings.dispatcher)
     return TrainState(parallel.model, adamw(parallel.model, loop), parallel=parallel)
 
 

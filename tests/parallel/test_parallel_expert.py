@@ -47,11 +47,11 @@ COVERING = [
     case((2, 2, 2), (2, 4, 1), "all_to_all", crowded=True, kind="global", activation="softmax"),
     case((2, 2, 2), (4, 2, 1)), case((2, 2, 2), (1, 1, 8)),
     case((2, 2, 2), (2, 4, 1), "all_to_all", capacity={"capacity_factor": 1.0}),
-    case((2, 2, 2), (2, 4, 1), "all_to_all", capacity={"capacity_factor": 1.0, "pad": True, "policy": "position"}),
+    case((2, 2, 2), (2, 4, 1), "all_to_all", capacity={"capacity_factor": 1.0, "pad": True, "drop_policy": "position"}),
 ]  # fmt: skip
 
 
-def model(crowded, kind, activation):
+def model(crowded, kind, capacity, activation):
     """A decoder of one layer; `crowded`: all tokens go to the same experts."""
     torch.manual_seed(5)
     config = ModelConfig(
@@ -65,7 +65,7 @@ def model(crowded, kind, activation):
         with torch.no_grad():
             moe.gate.weight.zero_()
             moe.gate.weight[:, 0] = torch.tensor([0.0, 0.1, 0.2, 3.0, 0.3, 4.0, 0.4, 0.5]).double()
-    balance.install(decoder, BalanceConfig(kind=kind, **TERMS))
+    balance.install(decoder, BalanceConfig(kind=kind, **TERMS, **capacity))
     return decoder, moe
 
 
@@ -101,8 +101,8 @@ def _one(dense, sparse, dispatcher, crowded, kind, capacity, activation):
     meshes = Meshes.create(
         Mapping.over(WORLD, tensor=tensor, context=context, data=data, expert_tensor=sparse[0], expert=sparse[1])
     )
-    decoder, moe = model(crowded, kind, activation)
-    placements = apply_experts(decoder, meshes, dispatcher, **capacity)
+    decoder, moe = model(crowded, kind, capacity, activation)
+    placements = apply_experts(decoder, meshes, dispatcher)
     rows, tokens = places(meshes, data)
     x, weights, labelled = (each[rows][:, tokens] for each in inputs(data, crowded))
     x.requires_grad_()
@@ -114,7 +114,7 @@ def _one(dense, sparse, dispatcher, crowded, kind, capacity, activation):
 
 def on_one_process(dense, sparse, dispatcher, crowded, kind, capacity, activation):
     """As `_one` of a single rank; with a capacity, each shard of tokens by itself, and no expert shared."""
-    data, (decoder, moe) = dense[2], model(crowded, kind, activation)
+    data, (decoder, moe) = dense[2], model(crowded, kind, capacity, activation)
     x, weights, labelled = inputs(data, crowded)
     x.requires_grad_()
     _check_gaps(moe, x)
@@ -171,7 +171,7 @@ def assembled(ranks, place, like):
 def on_shards(dense, sparse, dispatcher, crowded, kind, capacity, activation):
     """One process without any of our dispatchers: copies over the capacity are left out token by token."""
     tensor, context, data = dense
-    decoder, moe = model(crowded, kind, activation)
+    decoder, moe = model(crowded, kind, capacity, activation)
     x, weights, labelled = inputs(data, crowded)
     x.requires_grad_()
     out, extra = torch.zeros_like(x), 0.0
@@ -212,7 +212,7 @@ class Loop(torch.nn.Module):
         out = torch.zeros_like(x)
         for expert in range(EXPERTS):
             tokens, places = (indices == expert).nonzero(as_tuple=True)
-            if self.capacity.get("policy", "probs") == "probs":
+            if self.capacity.get("drop_policy", "probs") == "probs":
                 order = weights[tokens, places].argsort(descending=True, stable=True)
                 tokens, places = tokens[order], places[order]
             tokens, places = tokens[: int(limit)], places[: int(limit)]
