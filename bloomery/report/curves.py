@@ -32,13 +32,23 @@ _REWARD = Panel("Reward and accuracy", "share", ("reward", "accuracy", "validati
 _REST = (
     Panel("Accuracy by source", "share", parts_of=("accuracy",)),
     Panel("Entropy", "nats per token", ("entropy",)),
-    Panel("Answer length", "tokens", ("completion_tokens", "length"), ("completion_tokens", "length")),
+    Panel(
+        "Answer length", "tokens", ("completion_tokens", "length", "max_new_tokens"), ("completion_tokens", "length")
+    ),
     Panel("Gradient norm", "", ("grad_norm",)),
     Panel("Learning rate", "", ("learning_rate",)),
     Panel("FP8: flushed to zero", "share of numbers that are not zero", parts_of=("fp8_flushed",)),
     Panel("FP8: saturated", "share of numbers", parts_of=("fp8_saturated",)),
     Panel("Verdicts", "share of samples", ("truncated",), ("status",)),
     Panel("Groups without signal", "share of groups", ("groups_all_wrong", "groups_all_right")),
+    Panel("Trainer against generator", "nats per token", ("logprob_gap", "logprob_gap_max")),
+    Panel("Held back", "share of tokens", ("clipped",)),
+    Panel("Weight of samples", "π trainer / π generator", ("mismatch_weight",)),
+    Panel("Distance from the first model", "nats per token", ("reference_kl",)),
+    Panel("Draws", "of a step", ("redrawn", "groups_missing")),
+    Panel("Prompts in the epoch", "prompts", ("prompts_left",)),
+    Panel("Rollouts", "seconds", ("decode_seconds", "reward_seconds", "reward_wait_seconds")),
+    Panel("One verdict", "seconds", ("verdict_p50_seconds", "verdict_p99_seconds")),
 )
 PANELS = (
     Panel("Loss", "nats per token", ("loss", "validation_loss")),
