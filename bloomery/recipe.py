@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from bloomery import artifact
 from bloomery import config as configs
 from bloomery.artifact import Manifest, Output
 from bloomery.config import Config
-from bloomery.errors import BloomeryError, ConfigError
+from bloomery.errors import ArtifactError, BloomeryError, ConfigError
 from bloomery.parallel.world import agreed, joined, world
 from bloomery.progress import say
 
@@ -36,18 +36,24 @@ STAGES = {
     "export": ("bloomery.evaluate.export", "ExportConfig"),
 }
 _REFERENCE = re.compile(r"@([A-Za-z0-9_-]+)")
-_RECIPE_KEYS = ("run", "seed", "stages")
+_RECIPE_KEYS = ("run", "seed", "needs", "stages")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a recipe, resolved."""
+    """One stage of a recipe, resolved. `needs`: inputs that nobody makes here, and how to get each."""
 
     name: str
     stage: str
     config: Config
     out: Path
     after: tuple[str, ...]
+    needs: Mapping[Path, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        """What it needs and is not there yet, each with the way to get it."""
+        return [f"{path} is there ({how})" for path, how in self.needs.items() if not path.exists()]
 
 
 def stage_module(stage: str) -> ModuleType:
@@ -78,6 +84,9 @@ def load(path: Path, overrides: Sequence[str] = (), run: Path | None = None) -> 
     stages = data.get("stages")
     if not isinstance(stages, dict) or not stages:
         raise ConfigError(f"{path}: stages: found {stages!r}, expected a mapping of names to stages")
+    needs = data.get("needs", {})
+    if not isinstance(needs, dict) or not all(isinstance(how, str) for how in needs.values()):
+        raise ConfigError(f"{path}: needs: found {needs!r}, expected paths, each with how to get what belongs there")
     data = configs.apply_overrides(data, [_rooted(override, stages) for override in overrides])
     folder = Path(run or data.get("run") or f"runs/{path.stem}")
     steps = [_step(name, body, folder, data) for name, body in data["stages"].items()]
@@ -111,7 +120,8 @@ def _step(name: str, body: Any, folder: Path, data: Mapping[str, Any]) -> Step:
                 f"stages.{name}: @{reference}: {_unknown('stage of this recipe', reference, data['stages'])}"
             )
     config = configs.build(cls, _resolved(settings, folder), where=name)
-    return Step(name, stage, config, folder / name, references)
+    used = [path for _, path in configs.inputs(config).values() if str(path) in data.get("needs", {})]
+    return Step(name, stage, config, folder / name, references, {path: data["needs"][str(path)] for path in used})
 
 
 def _references(value: Any) -> Iterator[str]:
@@ -153,6 +163,8 @@ def run(folder: Path, steps: Sequence[Step]) -> list[Manifest]:
     """
     manifests = []
     for position, step in enumerate(steps, 1):
+        if step.missing:
+            raise ArtifactError(f"{step.name}: runs once {' and '.join(step.missing)}")
         before = not _left_to_do(step)
         if not before and (world().is_main or runs_on_all_ranks(step)):
             say(f"[{position}/{len(steps)}] {step.name} ({step.stage}){_where(step)}")
@@ -282,23 +294,25 @@ def _joined(step: Step) -> AbstractContextManager[Any]:
 def check(steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
     """What each stage can say before it runs: sizes, memory, tokens, the first batch. Nothing is written.
 
-    Raises `ArtifactError` for an input that neither exists nor comes from an earlier stage.
+    Raises `ArtifactError` for an input that neither exists nor comes from an earlier stage; what the recipe `needs`
+    from outside may be missing, and the finding says so.
     """
     names = {step.out: step.name for step in steps}
     return {step.name: _check(step, names) for step in steps}
 
 
 def _check(step: Step, names: Mapping[Path, str]) -> dict[str, Any]:
-    waits = []
-    for field, (kind, path) in configs.inputs(step.config).items():
-        if path not in names:
-            with _named(f"{step.name}.{field}"):
+    makers = []
+    for name, (kind, path) in configs.inputs(step.config).items():
+        if path in names:
+            makers += [names[path]] if artifact.read_manifest(path, missing_ok=True) is None else []
+        elif path.exists() or path not in step.needs:
+            with _named(f"{step.name}.{name}"):
                 artifact.resolve(path, kind)
-        elif artifact.read_manifest(path, missing_ok=True) is None:
-            waits.append(names[path])
     module = stage_module(step.stage)
     found = {"stage": step.stage, **(module.check(step.config) if hasattr(module, "check") else {})}
-    return found | {"inputs": f"more is known once {', '.join(dict.fromkeys(waits))} has run"} if waits else found
+    waits = [f"{', '.join(dict.fromkeys(makers))} has run"] * bool(makers) + step.missing
+    return found | {"inputs": f"more is known once {' and '.join(waits)}"} if waits else found
 
 
 @contextmanager

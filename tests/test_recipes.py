@@ -3,6 +3,7 @@ import signal
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from bloomery import artifact, recipe
 from bloomery.artifact import Output
 from bloomery.config import Config, DatasetDir, Field
 from bloomery.errors import ArtifactError, BloomeryError, ConfigError
+
+CHECKOUT = Path(__file__).parent.parent
 
 
 class ToyConfig(Config):
@@ -135,3 +138,35 @@ def test_check_refuses_an_input_that_nobody_makes(tmp_path):
     _, steps = load(tmp_path, f"stages: {{a: {{stage: toy, data: {tmp_path}/lost}}}}")
     with pytest.raises(ArtifactError, match=r"a.data: .*lost: no such folder"):
         recipe.check(steps)
+
+
+def test_what_a_recipe_needs_from_outside_is_told_by_check_and_asked_for_by_run(tmp_path):
+    lost = tmp_path / "lost"
+    text = f"needs: {{{lost}: fetch it}}\nstages: {{a: {{stage: toy}}, b: {{stage: toy, data: {lost}}}}}"
+    folder, steps = load(tmp_path, text)
+    assert recipe.check(steps)["b"]["inputs"] == f"more is known once {lost} is there (fetch it)"
+    assert "inputs" not in recipe.check(steps)["a"]
+    with pytest.raises(ArtifactError, match=r"b: runs once .*lost is there \(fetch it\)"):
+        recipe.run(folder, steps)
+    assert artifact.read_manifest(folder / "a") is not None, "what can run before it does"
+    with pytest.raises(ConfigError, match="needs: found"):
+        load(tmp_path, "needs: [a]\nstages: {a: {stage: toy}}")
+
+
+def test_acereason_7b_is_the_papers_course_and_needs_no_data_to_be_checked():
+    _, steps = recipe.load(CHECKOUT / "recipes" / "acereason-7b.yaml")
+    found = recipe.check(steps)
+    assert "hf download deepseek-ai/DeepSeek-R1-Distill-Qwen-7B" in found["math-8k"]["inputs"]
+    course = [
+        (step.name, max(phase.max_new_tokens for phase in step.config.samplings()), step.config.loop.learning_rate)
+        for step in steps
+        if step.stage == "rl"
+    ]
+    assert course == [
+        ("math-8k", 8192, 1e-6), ("math-16k", 16384, 1e-6), ("math-24k", 24576, 1e-6),
+        ("code-24k", 24000, 5e-6), ("code-32k", 32768, 5e-6), ("math-32k", 32768, 1e-6),
+    ]  # fmt: skip
+    models = {step.name: step.config.model.name for step in steps if step.stage == "rl"}
+    assert list(models.values())[1:] == [name for name, _, _ in course][:-1], "each stage goes on from the one before"
+    assert {(step.config.num_prompts, step.config.updates_per_batch, step.config.kl) for step in steps
+            if step.stage == "rl"} == {(128, 1, 0.0)}  # fmt: skip

@@ -39,6 +39,9 @@ class PrepareConfig(Config):
         default=None, description="filters for math problems with a short, checkable answer (prompts)"
     )
     deduplicate: bool = Field(default=True, description="drop texts seen before, in this source or an earlier one")
+    instruction: str | None = Field(
+        default=None, description="text behind every question, after an empty line; no filter sees it (prompts)"
+    )
     decontaminate: DecontaminateConfig | None = Field(
         default=None, description="drop what shares a run of words with an item of these benchmarks"
     )
@@ -56,6 +59,8 @@ def check(config: PrepareConfig) -> dict[str, Any]:
         seen.add(source.name)
     if config.math is not None and config.kind != "prompts":
         raise ConfigError(f"math: these filters read a question and its answer; kind {config.kind} has none; remove it")
+    if config.instruction is not None and config.kind != "prompts":
+        raise ConfigError(f"instruction: goes behind a question; kind {config.kind} has none; remove it")
     return {"kind": config.kind, "sources": sorted(seen)}
 
 
@@ -94,6 +99,8 @@ def _write(
         documents = dedup(documents, drops)
     if benchmarks is not None:
         documents = benchmarks(documents, drops)
+    if config.instruction is not None:
+        documents = (_instructed(document, config.instruction) for document in documents)
     counted = _Counted(islice(documents, source.max_documents), source.name, bar, done)
     kept = write_rows(out, source.name, (document.row(config.kind) for document in counted), config.kind)
     if not kept:
@@ -102,6 +109,13 @@ def _write(
     dropped = "".join(f", dropped {count:,} {reason}" for reason, count in drops.counts.most_common())
     say(f"prepare  {source.name}: kept {kept:,}{dropped}")
     return {"kept": kept, "characters": counted.characters, "dropped": dict(drops.counts)}
+
+
+def _instructed(document: Document, instruction: str) -> Document:
+    """With the instruction behind its last message."""
+    *before, last = document.columns["prompt"]
+    asked = [*before, {**last, "content": f"{last['content']}\n\n{instruction}"}]
+    return dataclasses.replace(document, columns={**document.columns, "prompt": asked})
 
 
 class _Counted:

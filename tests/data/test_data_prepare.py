@@ -150,3 +150,14 @@ def test_preparing_twice_gives_the_same_rows(tmp_path):
     for out in ("one", "two"):
         prepare.run(config(source, kind="messages"), tmp_path / out)
     assert list(read_rows(tmp_path / "one", "messages")) == list(read_rows(tmp_path / "two", "messages"))
+
+
+def test_an_instruction_stands_behind_every_question_and_no_filter_sees_it(tmp_path):
+    rows = [{"prompt": question, "answer": "4", "verifier": "answer"} for question in ("What is 2+2 in words?", "2+2?")]
+    source = {"name": "x", "type": "jsonl", "path": jsonl(tmp_path / "in.jsonl", rows)}
+    asked = config(source, kind="prompts", instruction="Box it, please.", math={"min_words": 4})
+    prepare.run(asked, tmp_path / "out")
+    [row] = read_rows(tmp_path / "out", "prompts")
+    assert row["prompt"][-1]["content"] == "What is 2+2 in words?\n\nBox it, please."
+    with pytest.raises(ConfigError, match="instruction: goes behind a question"):
+        prepare.check(config(source, instruction="Box it, please."))
