@@ -143,6 +143,7 @@ class DataParallel:
         """What this rank holds, by name, whatever FSDP has registered in the model for the moment."""
         self.placements = {name: _kept(self.whole[name], p) for name, p in self.parameters.items()}
         """Of what this rank keeps."""
+        self._copies = {name: self._ranks(name) for name in self.parameters}
         stages, config = self.meshes.mapping.pipeline, getattr(self.model, "config", None)
         tied = stages > 1 and getattr(config, "tie_word_embeddings", False) and _TIED in self.parameters
         self._twin = self._other_end() if tied else None
@@ -188,6 +189,9 @@ class DataParallel:
 
     def copies(self, name: str) -> int:
         """How many ranks of this stage hold the same part of a parameter."""
+        return self._copies[name]
+
+    def _ranks(self, name: str) -> int:
         whole, parameter = self.whole[name], self.parameters[name]
         ranks = self.meshes.size(*whole.summed_over) * whole.copies
         return ranks // parameter.device_mesh.size(-1) if isinstance(parameter, DTensor) else ranks
