@@ -79,7 +79,7 @@ def check(config: PretrainConfig) -> dict[str, Any]:
     found |= {"parameters": parameters, "active_parameters": model.count_parameters(active=True)}
     found |= {"state_bytes": state_bytes(parameters), **what_runs_in_fp8(model, loop, default_device())}
     if not built:
-        return found
+        return found | rank_sizes(model, config.parallel, loop)
     seq_len = _checked_rows(config, model).seq_len
     tokens = loop.max_steps * loop.batch_size * seq_len
     activations = activation_bytes(model, loop.micro_batch_size, seq_len, loop.activation_checkpointing)

@@ -53,8 +53,11 @@ def spread(model: Decoder, settings: ParallelConfig, loop: LoopConfig, seq_len: 
     return TrainState(parallel.model, adamw(parallel.model, loop), parallel=parallel)
 
 
-def rank_sizes(model: ModelConfig, settings: ParallelConfig, loop: LoopConfig, seq_len: int) -> dict[str, Any]:
-    """For `bloomery check`: the mapping and the memory of a rank; raises what `spread` would. Empty for one process.
+def rank_sizes(
+    model: ModelConfig, settings: ParallelConfig, loop: LoopConfig, seq_len: int | None = None
+) -> dict[str, Any]:
+    """For `bloomery check`: the mapping and the memory of a rank, activations where `seq_len` is known; raises what
+    `spread` would. Empty for one process.
 
     Outside of torchrun, of the fewest ranks that the degrees fill.
     """
@@ -64,13 +67,13 @@ def rank_sizes(model: ModelConfig, settings: ParallelConfig, loop: LoopConfig, s
     mapping = settings.mapping(ranks)
     mapping.check_model(model, seq_len, "parallel")
     _, micro = rows_of_a_rank(loop, mapping.data)
-    shared = mapping.context * mapping.tensor * mapping.pipeline
-    activations = activation_bytes(model, micro, seq_len, loop.activation_checkpointing) // shared
-    return {
-        "mapping": f"{describe(mapping)}: {ranks} ranks",
-        "rank_state_bytes": rank_state_bytes(model, mapping, seq_len),
-        "rank_activation_bytes": activations,
-    }
+    state = rank_state_bytes(model, mapping, seq_len or model.max_position_embeddings)
+    found = {"mapping": f"{describe(mapping)}: {ranks} ranks", "rank_state_bytes": state}
+    if seq_len is not None:
+        shared = mapping.context * mapping.tensor * mapping.pipeline
+        recompute = loop.activation_checkpointing or mapping.recompute
+        found["rank_activation_bytes"] = activation_bytes(model, micro, seq_len, recompute) // shared
+    return found
 
 
 def rows_of_a_rank(loop: LoopConfig, data: int) -> tuple[int, int]:

@@ -1,23 +1,29 @@
-"""A tiny mixture of experts, and rows for it, trained by as many ranks as a mapping has."""
+"""A tiny mixture of experts in float64, and rows for it, trained by as many ranks as a mapping has."""
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from exact_training import in_float64, next_token_exact
 
 from bloomery.data.pack import Batch
+from bloomery.model.balance import BalanceConfig
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
 from bloomery.parallel.settings import ParallelConfig
 from bloomery.train.checkpoint import Checkpoints, _tensors
 from bloomery.train.loop import LoopConfig, TrainState, steps
-from bloomery.train.losses import next_token
 from bloomery.train.spread import row_batches, spread
 
 SEQ = 16
-LOOP = LoopConfig(max_steps=100, batch_size=8, learning_rate=1e-2, schedule="constant", precision="fp32")
+LOOP = LoopConfig(
+    max_steps=100, batch_size=8, learning_rate=1e-2, schedule="constant", precision="fp32", checkpoint_every_steps=2,
+    balance=BalanceConfig(kind="sequence"),  # within a micro-batch, it would depend on how rows are grouped
+)  # fmt: skip
 MAPPINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor, context and experts": (8, {"tensor": 2, "context": 2, "expert": 4}),
     "pipeline": (4, {"pipeline": 2, "tensor": 2, "expert": 2}),
@@ -55,14 +61,15 @@ class Rows:
 
 def new_state(degrees: dict[str, Any], seed: int = 0, **changes: Any) -> TrainState:
     torch.manual_seed(seed)
-    return spread(Decoder(model_config(**changes)), ParallelConfig(**degrees), LOOP, SEQ)
+    return spread(Decoder(model_config(**changes)).double(), ParallelConfig(**degrees), LOOP, SEQ)
 
 
 def train(state: TrainState, last: int) -> tuple[list[float], list[int]]:
     """Losses up to step `last`, and the sequences that this rank read for them."""
     rows, config = Rows(), LOOP.model_copy(update={"max_steps": last})
     batches = row_batches(rows, state.position, config, state.parallel)
-    return [step.loss for step in steps(state, batches, next_token, config)], rows.read
+    with in_float64():
+        return [step.loss for step in steps(state, batches, next_token_exact, config)], rows.read
 
 
 def parts(state: TrainState) -> dict[str, Any]:
@@ -81,8 +88,8 @@ def assembled(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def leg(folder: Path, degrees: dict[str, Any], last: int) -> dict[str, Any]:
     """Go on from the newest checkpoint under another mapping, up to step `last`, and save."""
-    state = new_state(degrees, seed=99)
-    with Checkpoints(folder) as checkpoints:
+    state, said = new_state(degrees, seed=99), io.StringIO()
+    with Checkpoints(folder) as checkpoints, redirect_stderr(said):
         resumed = checkpoints.load_latest(state)
         if not resumed:
             state = new_state(degrees)
@@ -94,7 +101,7 @@ def leg(folder: Path, degrees: dict[str, Any], last: int) -> dict[str, Any]:
     )
     return {
         "resumed": resumed, "loaded": loaded, "losses": losses, "saved": parts(state), "position": state.position,
-        "read": read if first else [],
+        "read": read if first else [], "said": said.getvalue(),
     }  # fmt: skip
 
 
