@@ -310,7 +310,12 @@ def verify_audit(
     rollouts: Annotated[
         Path | None, typer.Option(help="stored rollouts to judge again: a folder of Parquet or JSONL, or a file")
     ] = None,
-    max_error: Annotated[float, typer.Option(help="largest share of misjudged prompts or rollouts", min=0)] = 0.01,
+    benchmark: Annotated[
+        list[Path] | None, typer.Option(help="dataset folder of prompts that must not be in this one; may be repeated")
+    ] = None,
+    max_error: Annotated[
+        float, typer.Option(help="largest share of prompts or rollouts that are misjudged, or in a benchmark", min=0)
+    ] = 0.01,
     limit: Annotated[int | None, typer.Option(help="only the first prompts", min=1)] = None,
     worst: Annotated[int, typer.Option(help="how many wrong verdicts are listed", min=0)] = 20,
     workers: Annotated[int, typer.Option(help="worker processes", min=1)] = 2,
@@ -319,7 +324,7 @@ def verify_audit(
     """Judge completions of known verdict for every prompt; fails when too many come out otherwise."""
     from bloomery.posttrain.audit import audit
 
-    found = audit(dataset, rollouts, limit, workers, worst)
+    found = audit(dataset, rollouts, limit, workers, worst, benchmark or ())
     typer.echo(json.dumps(found) if as_json else "\n".join(_audit_lines(found)))
     if found["error"] > max_error:
         typer.echo(f"bloomery: estimated error {found['error']:.2%} is above {max_error:.2%}", err=True)
@@ -345,6 +350,14 @@ def _audit_lines(found: dict[str, Any]) -> list[str]:
             f"  {wrong['source']} {wrong['id']}, {wrong['kind']}: {wrong['status']}, expected {wrong['expected']}: "
             f"{wrong['completion']!r} for {wrong['answer']!r}"
             for wrong in measured["worst"]
+        ]
+    if overlap := found.get("overlap"):
+        lines.append(
+            f"overlap: {overlap['prompts']} prompts ({overlap['share']:.2%}) hold nine words of a benchmark's prompt; "
+            f"{overlap['renumbered']} more with other numbers"
+        )
+        lines += [
+            f"  {hit['document']} and {hit['benchmark']} {hit['item']}: {hit['words']}" for hit in overlap["first"]
         ]
     return [*lines, f"estimated error: {found['error']:.2%}"]
 

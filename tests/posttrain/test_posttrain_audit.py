@@ -87,3 +87,17 @@ def test_bad_rollouts_are_explained(tmp_path):
     file.write_text('{"id": "a", "completion": "", "answer": "5"}\n')
     with pytest.raises(ArtifactError, match="line 1: no column 'score'; found id, completion, answer"):
         audit(folder, file)
+
+
+def test_prompts_that_stand_in_a_benchmark_are_named(tmp_path):
+    shared = "A farmer has seven cows and sells three of them to his neighbour. How many are left?"
+    train = dataset(tmp_path / "d", QUESTIONS | {"c": (shared, "4"), "d": (shared.replace("seven", "8 or 9"), "5")})
+    exam = dataset(tmp_path / "exam", {"x": ("Tell me. " + shared, "4")})
+    found = audit(train, benchmarks=[exam])
+    assert (found["overlap"]["share"], found["error"]) == (0.5, 0.5)
+    assert found["overlap"]["benchmarks"] == {str(exam): 2}
+    result = invoke(train, "--benchmark", exam)
+    assert result.exit_code == 1
+    assert "overlap: 2 prompts (50.00%) hold nine words of a benchmark's prompt; 0 more with other" in result.stdout
+    assert f"c and {exam} 1: a farmer has seven cows" in result.stdout
+    assert audit(exam, benchmarks=[dataset(tmp_path / "other", QUESTIONS)])["overlap"]["prompts"] == 0
