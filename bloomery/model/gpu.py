@@ -27,12 +27,13 @@ _KERNEL_CHANNELS = 8  # a multiple, for the layout (batch, seq, channels)
 def apply(model: nn.Module) -> dict[str, str]:
     """Gives all Mamba-2 layers the fastest installed kernels, for when they run on a GPU; returns their names.
 
-    A scan that replaced the plain one (another axis, say) is left alone.
+    A scan or convolution that replaced the plain one (another axis, say) is left alone.
     """
     layers = [module for module in model.modules() if isinstance(module, Mamba)]
     scan, conv = best_scan(), best_conv()
     for layer in layers:
-        layer.convolve = conv
+        if layer.convolve is causal_conv:
+            layer.convolve = conv
         if hasattr(layer.scan, "kernel"):
             layer.scan.kernel = scan
     return {"scan": scan.__name__, "conv": conv.__name__} if layers else {}

@@ -31,6 +31,9 @@ Traffic = Counter[tuple[str, str]]
 """Bytes this rank sent by (group, operation)."""
 
 _counters: list[Traffic] = []
+# torch 2.13 renames both and warns at every call of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @contextmanager
@@ -147,7 +150,7 @@ def _gather(x: Tensor, group: ProcessGroup, dim: int, sizes: Sequence[int] | Non
         return _exchange(copies, group, [len(rows)] * ranks, sizes, "gather").movedim(0, dim)
     whole = rows.new_empty(ranks * len(rows), *rows.shape[1:])
     _count(group, "gather", (ranks - 1) * _bytes(rows))
-    dist.all_gather_into_tensor(whole, rows, group=group)
+    _all_gather(whole, rows, group=group)
     return whole.movedim(0, dim)
 
 
@@ -161,7 +164,7 @@ def _scatter(x: Tensor, group: ProcessGroup, dim: int, sizes: Sequence[int] | No
     assert len(rows) % ranks == 0, f"{len(rows)} rows over {ranks} ranks"
     part = rows.new_empty(len(rows) // ranks, *rows.shape[1:])
     _count(group, "reduce_scatter", (ranks - 1) * _bytes(part))
-    dist.reduce_scatter_tensor(part, rows, group=group)
+    _reduce_scatter(part, rows, group=group)
     return part.movedim(0, dim)
 
 

@@ -9,7 +9,7 @@ and sliding windows alike. Weights are whole on every rank of the axis and their
 | attention `allgather` | keys and values of all, held while a layer works | none |
 | attention `ring` | the same, one rank's at a time, while the last ones are worked on | none |
 | attention `heads` | queries, keys, values and outputs, once: less the more ranks there are | heads % ranks |
-| Mamba-2 `state` | one state of each chunk, whatever the length | a chunk is no shorter than K − 1 |
+| Mamba-2 `state` | one state of each chunk, whatever the length | none |
 | Mamba-2 `heads` | x, dt, B, C and outputs, once | heads % ranks |
 """
 

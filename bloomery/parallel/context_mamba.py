@@ -32,35 +32,36 @@ class ContextConvolution:
         left: Tensor | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """x (batch, seq / ranks, channels) → like x. Raises `ValueError` where K − 1 is more than a chunk."""
+        """x (batch, seq / ranks, channels) → like x."""
         assert left is None, "decoding over the context axis"
         view, width = self.axis.view(x, 1, segment_ids), weight.shape[1] - 1
         held = view.layout.chunks(self.axis.rank)
-        if width > view.layout.chunk_len:
-            raise ValueError(
-                f"sequence of {view.layout.seq} tokens in {view.layout.num_chunks} chunks of {view.layout.chunk_len}: "
-                f"expected at least {width}, the convolution's reach; choose fewer context ranks or more tokens"
-            )
         chunks = x.unflatten(1, (len(held), -1))
-        before = self._before(chunks[:, :, view.layout.chunk_len - width :], view)
+        before = self._before(chunks, width, view.layout)
         ids = None if view.ids is None or segment_ids is None else _cut(segment_ids, len(held))
         if view.ids is not None:
             before = before * _continued(view.ids, view.layout, held, width)
-        return self.inner(chunks.flatten(0, 1), weight, bias, before.flatten(0, 1), ids).view(x.shape)
+        mixed = self.inner(chunks.flatten(0, 1), weight, bias, before.flatten(0, 1), ids)
+        return mixed.unflatten(0, (-1, len(held))).flatten(1, 2)
 
-    def _before(self, tails: Tensor, view: View) -> Tensor:
-        """The ends (batch, held, K − 1, channels) of this rank's chunks → those of the chunks before them; 0 before
-        the first. By one all-to-all in which most ranks have nothing for each other."""
-        layout, rank, ranks = view.layout, self.axis.rank, self.axis.ranks
-        held = layout.chunks(rank)
-        leaving = sorted((layout.owner(chunk + 1), chunk) for chunk in held if chunk + 1 < layout.num_chunks)
-        coming = sorted((layout.owner(chunk - 1), chunk) for chunk in held if chunk > 0)
-        sent = tails.movedim(1, 0)[[held.index(chunk) for _, chunk in leaving]]
-        splits = ([sum(to == other for to, _ in part) for other in range(ranks)] for part in (leaving, coming))
-        received = all_to_all(sent, *splits, self.axis.group)
-        places = {chunk: place for place, (_, chunk) in enumerate(coming)}
-        none = torch.zeros_like(tails[:, 0])
-        return torch.stack([received[places[chunk]] if chunk else none for chunk in held], 1)
+    def _before(self, chunks: Tensor, width: int, layout: Layout) -> Tensor:
+        """The `width` columns before each of this rank's chunks (batch, held, chunk, channels), 0 before the first of
+        all. Each chunk's end goes to the chunks that it reaches, by one all-to-all in which most ranks have nothing for
+        each other."""
+        rank, ranks, tail = self.axis.rank, self.axis.ranks, min(width, layout.chunk_len)
+        held, far = layout.chunks(rank), -(-width // max(tail, 1))
+        near = [(source, source + back) for source in range(layout.num_chunks) for back in range(1, far + 1)]
+        near = [(source, target) for source, target in near if target < layout.num_chunks]
+        leaving = sorted((layout.owner(target), target, source) for source, target in near if source in held)
+        coming = sorted((layout.owner(source), target, source) for source, target in near if target in held)
+        ends = chunks[:, :, layout.chunk_len - tail :].movedim(1, 0)
+        splits = ([sum(other == peer for other, *_ in part) for peer in range(ranks)] for part in (leaving, coming))
+        received = all_to_all(ends[[held.index(source) for *_, source in leaving]], *splits, self.axis.group)
+        parts = {(target, source): end for (_, target, source), end in zip(coming, received, strict=True)}
+        # Also a rank that receives nothing takes part in the backward, where it is the others that receive.
+        none = torch.zeros_like(ends[0]) + received[:0].sum()
+        rows = [[parts.get((target, target - back), none) for back in range(far, 0, -1)] for target in held]
+        return torch.stack([torch.cat([none[:, :0], *row], 1) for row in rows], 1)[:, :, far * tail - width :]
 
 
 class StateScan(nn.Module):
