@@ -141,6 +141,31 @@ def by_difficulty(
             yield document
 
 
+def right_tokens(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Prompt id → mean tokens of its right completions (rows with `id`, `score` and `tokens`)."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        if "tokens" not in row:
+            raise ArtifactError(f"rollouts: no column 'tokens'; found {', '.join(row)}; min_tokens compares lengths")
+        if (row["score"] or 0) >= 1:
+            found.setdefault(row["id"], []).append(row["tokens"])
+    return {id: sum(lengths) / len(lengths) for id, lengths in found.items()}
+
+
+def long_enough(
+    documents: Iterable[Document], lengths: Mapping[str, float], drops: Drops, least: int
+) -> Iterator[Document]:
+    """The prompts whose right completions take `least` tokens or more on average; those of unknown length are kept.
+
+    What a strong model solves in few words needs no long thought: AceReason drops what takes R1 under 2,000 tokens.
+    """
+    for document in documents:
+        if lengths.get(document.id, least) >= least:
+            yield document
+        else:
+            drops.add(f"solved in under {least} tokens", document.id)
+
+
 def unsolved(ids: Sequence[str], rates: Mapping[str, PassRate], solved_at: float = 1.0) -> list[str]:
     """The prompts of the next epoch, in order: without those whose pass rate in this one reached `solved_at`.
 

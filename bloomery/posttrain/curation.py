@@ -12,7 +12,7 @@ from bloomery.data.dataset import read_rows, text_of, write_rows
 from bloomery.data.document import Document, Drops
 from bloomery.errors import ArtifactError, ConfigError
 from bloomery.posttrain.audit import stored_rows
-from bloomery.posttrain.curate import by_difficulty, pass_rates, solvable, verifiable
+from bloomery.posttrain.curate import by_difficulty, long_enough, pass_rates, right_tokens, solvable, verifiable
 from bloomery.progress import say
 from bloomery.verify.pool import judge
 
@@ -34,12 +34,16 @@ class CurateConfig(Config):
     at_most: float = Field(
         default=1.0, description="keep pass rates up to this; the hard set of AceReason: 0.375", le=1
     )
+    min_tokens: int = Field(
+        default=0, description="drop prompts whose right completions are shorter than this on average, tokens", ge=0
+    )
 
 
 def check(config: CurateConfig) -> dict[str, Any]:
     """What `run` would refuse before reading any data."""
-    if config.rollouts is None and (config.solvable or config.above is not None or config.at_most < 1):
-        raise ConfigError("rollouts: missing; solvable, above and at_most judge prompts by stored rollouts")
+    asked = config.solvable or config.above is not None or config.at_most < 1 or config.min_tokens
+    if config.rollouts is None and asked:
+        raise ConfigError("rollouts: missing; solvable, above, at_most and min_tokens judge prompts by stored rollouts")
     if config.above is not None and config.above >= config.at_most:
         raise ConfigError(f"above: {config.above:g} is not below at_most ({config.at_most:g}); no prompt could be kept")
     return {"kind": "prompts"}
@@ -74,6 +78,8 @@ def _curated(config: CurateConfig, drops: Drops) -> Iterator[Document]:
         return verifiable(documents, judge, drops) if config.verifiable else documents
     rows = list(stored_rows(config.rollouts))
     documents = by_difficulty(documents, pass_rates(rows), drops, config.above, config.at_most)
+    if config.min_tokens:
+        documents = long_enough(documents, right_tokens(rows), drops, config.min_tokens)
     if config.verifiable:
         documents = verifiable(documents, judge, drops)
     if config.solvable:

@@ -87,3 +87,17 @@ def test_bad_settings_are_explained(prompts, rollouts, tmp_path):
 def test_the_settings_on_the_page_are_accepted():
     [block] = re.findall(r"```yaml\n# stage: curate\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert curation.check(configs.build(CurateConfig, configs.parse_yaml(block))) == {"kind": "prompts"}
+
+
+def test_what_is_solved_in_few_tokens_is_left_out(prompts, rollouts, tmp_path):
+    rows = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    with pytest.raises(ArtifactError, match="no column 'tokens'"):
+        curation.run(settings(prompts=prompts, rollouts=rollouts, min_tokens=10), tmp_path / "lost")
+    lengths = {"easy": 4, "hard": 15, "never": 3, "damaged": 12}
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text("".join(json.dumps(row | {"tokens": lengths[row["id"]]}) + "\n" for row in rows))
+    manifest = curation.run(
+        settings(prompts=prompts, rollouts=longer, min_tokens=10, verifiable=False), tmp_path / "out"
+    )
+    assert manifest.summary["dropped"] == {"solved in under 10 tokens": 1}
+    assert {row["id"] for row in read_rows(tmp_path / "out", "prompts")} == {"hard", "never", "damaged", "echo"}
