@@ -14,7 +14,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
-TIMEOUT_SECONDS = 60.0
+TIMEOUT_SECONDS = 120.0
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
