@@ -55,22 +55,24 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module, config: Fp8Config) -> Self:
-        """Raises `ConfigError` for a name in `keep` that is no linear layer, and when nothing is left for FP8."""
-        layers, edge = model.layers, config.high_precision_layers
+        """Raises `ConfigError` for a name in `keep` that is no linear layer, and when nothing is left for FP8; not for
+        a pipeline stage, which may have neither."""
+        layers, edge, count = model.layers, config.high_precision_layers, model.config.num_layers
         found: dict[str, list[str]] = {"chosen": [], "ends": [], "kept": [], "misfits": []}
         linears = {
-            (number, f"layers.{number}.{name}"): module
-            for number, layer in enumerate(layers)  # type: ignore[arg-type]
+            (int(number), f"layers.{number}.{name}"): module
+            for number, layer in layers.named_children()  # type: ignore[union-attr]
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear)
         }
         for (number, name), linear in linears.items():
-            at_end = number < edge or number >= len(layers) - edge  # type: ignore[arg-type]
+            at_end = number < edge or number >= count - edge  # type: ignore[operator]
             fits = linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0
             reason = "ends" if at_end else "kept" if name in config.keep else "chosen" if fits else "misfits"
             found[reason].append(name)
         by_name = {name: linear for (_, name), linear in linears.items()}
-        _check(config, by_name, found)
+        if len(layers) == count:  # type: ignore[arg-type]
+            _check(config, by_name, found)
         sizes = [f"{name} {by_name[name].in_features}×{by_name[name].out_features}" for name in found["misfits"]]
         return cls({name: by_name[name] for name in found["chosen"]}, found["ends"], found["kept"], sizes)
 

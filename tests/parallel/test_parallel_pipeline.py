@@ -1,6 +1,7 @@
 """Pipelines against one process: every gradient, for each schedule; and where a model is cut."""
 
 import itertools
+from collections import defaultdict
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bloomery.parallel.data import shard_data
 from bloomery.parallel.mapping import Mapping
 from bloomery.parallel.mesh import Meshes
 from bloomery.parallel.pipeline import bounds, cut
+from bloomery.train.fp8 import Fp8Config, Plan
 
 
 def of_many_shapes(batches):
@@ -115,6 +117,22 @@ def test_what_a_layer_refuses_is_said_plainly(monkeypatch):
     monkeypatch.setattr(pipeline, "_scheduled", lambda *_: Refusing())
     with pytest.raises(DivergenceError, match="^a router's logits are nan$"):
         pipeline.forward_backward(micro_batches(2), next_token_exact)
+
+
+def test_a_stage_keeps_the_names_of_its_layers_and_fp8_knows_the_ends():
+    decoder = tiny("*-*-*-", intermediate_size=32)
+    whole = set(Plan.of(decoder, Fp8Config(high_precision_layers=1)).chosen)
+    held, chosen = [], set()
+    for stage in (0, 1):
+        model = tiny("*-*-*-", intermediate_size=32)
+        pipeline = cut(model, Meshes(Mapping(pipeline=2), stage, defaultdict(type(None))))
+        held += [name for name, _ in model.named_parameters()]
+        assert [name for name, _ in pipeline.chunks[0].layers.named_children()] == [
+            name for name, _ in model.layers.named_children()
+        ]
+        chosen |= set(Plan.of(model, Fp8Config(high_precision_layers=1)).chosen)
+    assert held == [name for name, _ in decoder.named_parameters()]
+    assert chosen == whole
 
 
 def test_pieces_are_of_equal_work_and_the_head_counts():
