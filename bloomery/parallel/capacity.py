@@ -100,9 +100,9 @@ def _best(
 
 def _last_taken(best: Tensor, whose: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Score and token number (experts,) of the last copy that each expert takes of all (experts, copies)."""
-    if best.shape[1] <= limit:
+    if best.shape[1] < limit:  # so all copies are here
         return best.new_full((len(best),), -torch.inf), whose.new_full((len(best),), _NO_TOKEN)
-    by_number = whose.argsort(1, stable=True)
-    order = by_number.gather(1, best.gather(1, by_number).argsort(1, descending=True, stable=True))
+    by_number = whose.argsort(dim=1, stable=True)
+    order = by_number.gather(1, best.gather(1, by_number).argsort(dim=1, descending=True, stable=True))
     last = order[:, limit - 1 : limit]
     return best.gather(1, last)[:, 0], whose.gather(1, last)[:, 0]
