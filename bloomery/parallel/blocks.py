@@ -115,7 +115,7 @@ def _fused_backward(
     else:
         all_k, all_v, none = _every_head(k, q), _every_head(v, q), torch.empty(0, dtype=torch.uint64, device=q.device)
         of_q, of_k, of_v = _aten._scaled_dot_product_flash_attention_backward(
-            of_o, q, all_k, all_v, o, total, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none
+            of_o, q, all_k, all_v, o, total.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, none, none
         )
         grads = of_q, *(_by_key_head(t, k) for t in (of_k, of_v))
     exact = _exact(q.dtype)

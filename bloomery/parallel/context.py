@@ -36,13 +36,15 @@ class ContextModes(Config):
     """How layers that look across tokens do so when a sequence is shared among ranks."""
 
     attention: Literal["allgather", "ring", "heads"] = Field(
-        "allgather", description="keys and values gathered, passed around a ring, or every rank its heads of all tokens"
+        default="allgather",
+        description="keys and values gathered, passed around a ring, or every rank its heads of all tokens",
     )
     mamba: Literal["state", "heads"] = Field(
-        "state", description="states passed from chunk to chunk, or every rank its heads of all tokens"
+        default="state", description="states passed from chunk to chunk, or every rank its heads of all tokens"
     )
     layout: Literal["zigzag", "contiguous"] = Field(
-        "zigzag", description="tokens of a rank: two chunks that balance causal attention, or one contiguous chunk"
+        default="zigzag",
+        description="tokens of a rank: two chunks that balance causal attention, or one contiguous chunk",
     )
 
 

@@ -55,8 +55,10 @@ class ContextConvolution:
         leaving = sorted((layout.owner(target), target, source) for source, target in near if source in held)
         coming = sorted((layout.owner(source), target, source) for source, target in near if target in held)
         ends = chunks[:, :, layout.chunk_len - tail :].movedim(1, 0)
-        splits = ([sum(other == peer for other, *_ in part) for peer in range(ranks)] for part in (leaving, coming))
-        received = all_to_all(ends[[held.index(source) for *_, source in leaving]], *splits, self.axis.group)
+        there, here = (
+            [sum(other == peer for other, *_ in part) for peer in range(ranks)] for part in (leaving, coming)
+        )
+        received = all_to_all(ends[[held.index(source) for *_, source in leaving]], there, here, self.axis.group)
         parts = {(target, source): end for (_, target, source), end in zip(coming, received, strict=True)}
         # Also a rank that receives nothing takes part in the backward, where it is the others that receive.
         none = torch.zeros_like(ends[0]) + received[:0].sum()

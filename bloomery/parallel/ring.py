@@ -45,8 +45,8 @@ class _Queries:
                 kind = table[query][key]
                 mask = partial(self.view.mask, query, key) if kind == "some" else None
                 if kind != "none":
-                    at = (slice(place * length, (place + 1) * length) for place in (row, column))
-                    found.append((*at, {"causal": kind == "causal", "mask": mask}))
+                    rows, columns = (slice(place * length, (place + 1) * length) for place in (row, column))
+                    found.append((rows, columns, {"causal": kind == "causal", "mask": mask}))
         return found
 
     def start(self) -> None:
@@ -69,7 +69,8 @@ class _Queries:
         of_kv = torch.zeros_like(kv, dtype=self.total.dtype)
         for rows, columns, seen in self.pairs(held):
             of_o, q, o, total = (t[:, :, rows] for t in (self.of_o, self.q, self.o, self.total))
-            of_q, of_k, of_v = blocks.attend_backward(of_o, q, *kv[:, :, :, columns], o, total, **seen)
+            k, v = kv[:, :, :, columns]
+            of_q, of_k, of_v = blocks.attend_backward(of_o, q, k, v, o, total, **seen)
             self.of_q[:, :, rows] += of_q
             of_kv[0, :, :, columns] += of_k
             of_kv[1, :, :, columns] += of_v

@@ -108,12 +108,14 @@ def test_four_ranks_attend_as_one():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_every_form_layout_and_mask_attends_as_one(ranks):
+def test_every_layout_and_mask_attends_as_one(ranks, form):
+    if form == "heads" and HEADS % ranks:
+        pytest.skip("4 heads on 8 ranks: refused")
     cases = [
         (form, kind, seq, key_heads, *_mask(name, seq, ranks))
-        for form, kind, seq, key_heads, name in itertools.product(FORMS, LAYOUTS, (32, 64), (1, 2, 4), MASKS)
-        if form != "heads" or HEADS % ranks == 0
+        for kind, seq, key_heads, name in itertools.product(LAYOUTS, (32, 64), (1, 2, 4), MASKS)
     ]
     _compare(ranks, cases, torch.float64, 1e-12)
 
