@@ -1,14 +1,18 @@
 """The setting `parallel` of every stage that trains: how its work is spread over the ranks that torchrun starts."""
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from bloomery.config import Config, Field
 from bloomery.errors import ConfigError
+from bloomery.parallel.context import ContextModes
 from bloomery.parallel.mapping import Mapping
 from bloomery.parallel.world import TIMEOUT_SECONDS, world
 
 _DEGREES = (
-    "tensor", "context", "pipeline", "expert_tensor", "expert", "expert_data", "interleave", "zero", "recompute",
+    "tensor", "context", "pipeline", "expert_tensor", "expert", "expert_data", "interleave", "zero", "replicate",
+    "recompute",
 )  # fmt: skip
 
 
@@ -26,13 +30,27 @@ class ParallelConfig(Config):
     zero: Literal[1, 3] = Field(
         default=1, description="sharded over data: 1 optimizer state, 3 weights and gradients as well"
     )
+    replicate: int = Field(default=1, ge=1, description="copies of what is sharded over data: HSDP (count)")
     recompute: bool = Field(default=False, description="keep only the input of each layer for the backward pass")
+    across: ContextModes = Field(
+        default=ContextModes(), description="how layers look across a sequence whose tokens several ranks hold"
+    )
     dispatcher: Literal["auto", "all_to_all", "all_gather"] = Field(
         default="auto", description="how tokens reach the experts of other ranks; auto: the way that sends fewer bytes"
     )
     timeout_seconds: float = Field(
         default=TIMEOUT_SECONDS, gt=0, description="longest wait for another rank before the run stops, in seconds"
     )
+
+    @model_validator(mode="after")
+    def _heard(self) -> Self:
+        if self.context == 1 and self.across != ContextModes():
+            raise ValueError("across: without effect under context 1; give context more ranks, or leave it out")
+        if self.pipeline == 1 and self.interleave > 1:
+            raise ValueError(
+                f"interleave: {self.interleave} is without effect under pipeline 1; give pipeline more ranks"
+            )
+        return self
 
     def mapping(self, ranks: int | None = None, where: str = "parallel") -> Mapping:
         """The mapping over `ranks`, by default all of this run. Raises `ConfigError` naming the degree at fault."""

@@ -19,6 +19,7 @@ from bloomery.model import balance, hf
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
 from bloomery.parallel.apply import Parallel, parallelize
+from bloomery.parallel.context import check_modes
 from bloomery.parallel.expert import apply_experts
 from bloomery.parallel.mapping import Mapping
 from bloomery.parallel.mesh import Meshes
@@ -47,9 +48,10 @@ def spread(model: Decoder, settings: ParallelConfig, loop: LoopConfig, seq_len: 
         return TrainState(model, adamw(model, loop))
     mapping = settings.mapping()
     mapping.check_model(model.config, seq_len, "parallel")
+    check_modes(model.config, settings.across, mapping.context, mapping.tensor, "parallel.across")
     rows_of_a_rank(loop, mapping.data)
     say(f"parallel: {describe(mapping)} over {world().size} ranks")
-    parallel = parallelize(placed(model), mapping, dispatcher=settings.dispatcher)
+    parallel = parallelize(placed(model), mapping, settings.across, settings.dispatcher)
     return TrainState(parallel.model, adamw(parallel.model, loop), parallel=parallel)
 
 
@@ -66,6 +68,7 @@ def rank_sizes(
         return {}
     mapping = settings.mapping(ranks)
     mapping.check_model(model, seq_len, "parallel")
+    check_modes(model, settings.across, mapping.context, mapping.tensor, "parallel.across")
     _, micro = rows_of_a_rank(loop, mapping.data)
     state = rank_state_bytes(model, mapping, seq_len or model.max_position_embeddings)
     found = {"mapping": f"{describe(mapping)}: {ranks} ranks", "rank_state_bytes": state}
