@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -206,3 +207,31 @@ def test_the_filter_names_each_call_once():
     forbidden = {"fork", "vfork", "execve", "kill", "socket", "ptrace", "mount", "unshare", "bpf", "memfd_create"}
     assert not forbidden & set(kernel.ALLOWED)
     assert os.path.basename(kernel.__file__) == "kernel.py"
+
+
+def filtered(number: int, arch: int, argument: int) -> int:
+    """What the system-call filter says, by the rules of the Berkeley packet filter."""
+    code, at, held = kernel._filter(), 0, 0
+    while True:
+        operation, met, missed, constant = struct.unpack_from("=HBBI", code, 8 * at)
+        at += 1
+        if operation == kernel._RETURN:
+            return constant
+        if operation == kernel._LOAD:
+            held = {0: number, 4: arch, 16: argument}[constant]
+        else:
+            tests = {kernel._EQUAL: held == constant, kernel._AT_LEAST: held >= constant}
+            at += met if tests.get(operation, bool(held & constant)) else missed
+
+
+def test_the_filter_allows_what_is_listed_and_nothing_else():
+    listed = {numbers[kernel._COLUMN] for numbers in kernel.ALLOWED.values()} - {-1}
+    refused, unknown = kernel._ERROR | 1, kernel._ERROR | 38
+    for number in [*range(1000), 1 << 30, 1 << 31, (1 << 32) - 1]:
+        for argument in (0, 17, 1 << 16):
+            thread = number == kernel._CLONE and argument == 1 << 16
+            own = number == kernel._PRLIMIT and argument == 0
+            allowed = number in listed or thread or own
+            expected = kernel._ALLOW if allowed else unknown if number == kernel._CLONE3 else refused
+            assert filtered(number, kernel._AUDIT_ARCH, argument) == expected, (number, argument)
+        assert filtered(number, kernel._AUDIT_ARCH ^ 1, 0) == kernel._KILL

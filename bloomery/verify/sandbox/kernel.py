@@ -50,7 +50,7 @@ _CLONE3 = 435
 _CLONE_THREAD = 0x00010000
 _EPERM, _ENOSYS = 1, 38
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCH_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
 
 
@@ -96,21 +96,36 @@ def give_up_privileges() -> None:
 
 
 def _filter() -> bytes:
-    """Berkeley packet filter: allowed numbers pass; threads, and a process's own limits, by their first argument."""
-    numbers = sorted(pair[_COLUMN] for pair in ALLOWED.values() if pair[_COLUMN] >= 0)
-    code = [
-        (_LOAD, 0, 0, _ARCH_AT), (_EQUAL, 1, 0, _AUDIT_ARCH), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER_AT),
-    ]  # fmt: skip
-    for number in numbers:
-        code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
-    code += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERROR | _ENOSYS)]  # makes the C library fall back to clone
-    code += [(_EQUAL, 0, 4, _CLONE), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT), (_ANY_BIT, 0, 1, _CLONE_THREAD)]
-    code += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERROR | _EPERM)]
-    code += [(_EQUAL, 0, 3, _PRLIMIT), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT), (_EQUAL, 0, 1, 0), (_RETURN, 0, 0, _ALLOW)]
-    code += [(_RETURN, 0, 0, _ERROR | _EPERM)]
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+    """Berkeley packet filter: allowed numbers pass; threads, and a process's own limits, by their first argument.
+
+    A binary search: the kernel runs a filter once for every number there is when it is installed, for every case.
+    """
+    actions: dict[int, _Code] = {pair[_COLUMN]: _PASS for pair in ALLOWED.values() if pair[_COLUMN] >= 0}
+    actions |= {_CLONE: _IF_THREAD, _PRLIMIT: _IF_OWN, _CLONE3: _UNKNOWN}
+    ranges: list[tuple[int, _Code]] = []
+    for number in sorted({0, *actions, *(number + 1 for number in actions)}):
+        action = actions.get(number, _REFUSE)
+        if not ranges or ranges[-1][1] is not action:
+            ranges.append((number, action))
+    code = [(_LOAD, 0, 0, _ARCH_AT), (_EQUAL, 1, 0, _AUDIT_ARCH), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER_AT)]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code + _search(ranges))
 
 
+def _search(ranges: "list[tuple[int, _Code]]") -> "_Code":
+    """What to do with a number: as the last of `ranges`, (first number, action), that begins at it or before."""
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    below = _search(ranges[:middle])
+    return [(_AT_LEAST, len(below), 0, ranges[middle][0]), *below, *_search(ranges[middle:])]
+
+
+_Code = list[tuple[int, int, int, int]]
+_PASS: _Code = [(_RETURN, 0, 0, _ALLOW)]
+_REFUSE: _Code = [(_RETURN, 0, 0, _ERROR | _EPERM)]
+_UNKNOWN: _Code = [(_RETURN, 0, 0, _ERROR | _ENOSYS)]  # makes the C library fall back from clone3 to clone
+_IF_THREAD: _Code = [(_LOAD, 0, 0, _FIRST_ARGUMENT_AT), (_ANY_BIT, 0, 1, _CLONE_THREAD), *_PASS, *_REFUSE]
+_IF_OWN: _Code = [(_LOAD, 0, 0, _FIRST_ARGUMENT_AT), (_EQUAL, 0, 1, 0), *_PASS, *_REFUSE]
 _CAPABILITY_HEADER = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION, 0))
 _NO_CAPABILITIES = ctypes.create_string_buffer(24)
 _FILTER = ctypes.create_string_buffer(_filter())
