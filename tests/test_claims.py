@@ -186,6 +186,28 @@ def claim_with(**changes: object) -> Claim:
     return Claim(**fields | changes)
 
 
+def test_an_arm_finds_what_the_arm_before_it_has_left(checkout: Path) -> None:
+    going_on = TOY.replace(
+        "def measure(arm, seed, smoke):",
+        """def measure(arm, seed, smoke, folder):
+    if arm == "right":
+        assert (folder / f"{seed}.left").read_text() == "here"
+    time.sleep(0.3 * (arm == "left"))
+    (folder / f"{seed}.{arm}").write_text("here")""",
+    )
+    text = going_on.replace("figure=figure,", 'figure=figure, after={"right": "left"},')
+    (checkout / "claims" / "toy_effect.py").write_text(text)
+    ran = bloomery(checkout, "toy-effect")
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(measured(checkout)) == sorted(f"{arm} {seed}" for arm in ("left", "right") for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize("after", [{"a": "b"}, {"b": "c"}, {"a": "a"}])
+def test_an_arm_waits_for_an_earlier_one_alone(after: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="which is no earlier arm"):
+        claim_with(arms=("a", "b"), after=after)
+
+
 @pytest.mark.parametrize("line", ["from claims import _effect", "from claims._effect import SIZE"])
 def test_shared_modules_count_for_those_who_import_them(checkout: Path, line: str) -> None:
     claim, folder = claim_with(name="toy-effect"), checkout / "claims"

@@ -77,6 +77,7 @@ def measure(name: str, arm: str, seed: int, file: Path, smoke: bool) -> None:
     root = Path.cwd()
     commit = _commit(root)
     claim = source.load(name, root)
+    file.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     result = claim.measure(arm, seed, smoke, *([file.parent] if claim.after else []))
     record = {"arm": arm, "seed": seed, "result": result, "seconds": round(time.monotonic() - started, 2)}
