@@ -3,6 +3,7 @@
 A *copy* is a token's visit to one of its k experts, numbered token·k + choice.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +58,7 @@ def spread(x: Tensor, order: Order, dtype: torch.dtype | None = None) -> Tensor:
 def combine(rows: Tensor, order: Order, weights: Tensor) -> Tensor:
     """(rows, width) and weights (tokens, k) → (tokens, width): each token's sum over its choices in their order, in
     float32 or better."""
-    if order.gaps:
-        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    copies = rows.index_select(0, order.rows.flatten()).unflatten(0, order.rows.shape)
-    return (copies * weights.unsqueeze(-1)).sum(1)
+    return _Combine.apply(rows, order, weights)
 
 
 def chunk_order(sizes: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -84,6 +82,44 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        exact = torch.promote_types(ctx.dtype, torch.float32)
-        ones = torch.ones((), dtype=exact, device=grad.device)
-        return combine(grad, ctx.order, ones.expand_as(ctx.order.rows)).to(ctx.dtype), None, None
+        return _summed(grad, ctx.order, None).to(ctx.dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Choice by choice, forward and backward: all copies at once would be written and read several times."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Order, weights: Tensor) -> Tensor:
+        ctx.order = order
+        ctx.save_for_backward(rows, weights)
+        return _summed(rows, order, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (rows, weights), order = ctx.saved_tensors, ctx.order
+        flat, tokens = weights.flatten(), torch.div(order.copies, weights.shape[1], rounding_mode="floor")
+        if order.gaps:
+            flat, tokens = torch.cat([flat, flat.new_zeros(1)]), tokens.clamp(max=max(len(grad) - 1, 0))
+        to_rows = grad.index_select(0, tokens).mul_(flat.index_select(0, order.copies)[:, None])
+        to_weights = torch.stack([(part * grad).sum(-1) for part in _by_choice(rows, order)], 1)
+        return to_rows.to(rows.dtype), None, to_weights.to(weights.dtype)
+
+
+def _summed(rows: Tensor, order: Order, weights: Tensor | None) -> Tensor:
+    """Each token's rows, times `weights` (tokens, k), in float32 or better."""
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    out = torch.zeros(len(order.rows), rows.shape[1], dtype=exact, device=rows.device)
+    for choice, part in enumerate(_by_choice(rows, order)):
+        if weights is None:
+            out += part
+        else:
+            out.addcmul_(part.to(exact), weights[:, choice, None].to(exact))
+    return out
+
+
+def _by_choice(rows: Tensor, order: Order) -> Iterator[Tensor]:
+    """(tokens, width) for each of k choices: the rows of the tokens' copies, zero for one that has none."""
+    if order.gaps:
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    for places in order.rows.unbind(1):
+        yield rows.index_select(0, places)

@@ -311,11 +311,17 @@ def test_copies_are_sorted_by_expert_and_find_their_way_back():
     assert combine(spread(x, order), order, torch.ones(3, 2)).flatten().tolist() == [2, 2, 6]
 
 
-def test_the_gradient_of_rows_is_summed_over_choices():
+def test_gradients_of_rows_and_weights():
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     experts = torch.randint(4, (5, 2))
     for order in (Order.by_expert(experts, None), Order.in_slots(experts, 3, 5)):
         assert torch.autograd.gradcheck(lambda x, order=order: spread(x, order), x)
+        rows = torch.randn(len(order.copies), 3, dtype=torch.float64, requires_grad=True)
+        weights = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(
+            lambda rows, weights, order=order: combine(rows * (order.copies < 10)[:, None], order, weights),
+            (rows, weights),
+        )
 
 
 def test_chunks_are_turned_and_turned_back():
