@@ -47,7 +47,7 @@ def next_token_exact(model: nn.Module, batch: Batch) -> Loss:
     """`losses.next_token` without its float32."""
     labels = batch["labels"].flatten()
     count = (labels != -100).sum()
-    balance.weigh(model, batch["labels"] != -100)
+    balance.weigh(model, batch["labels"] != -100, batch.get("counted"))
     hidden = hidden_states(model, batch).flatten(0, 1)
     losses = F.cross_entropy(hidden @ model.lm_head.weight.T, labels, reduction="none", ignore_index=-100)
     added, metrics = balance.terms(model) or (0.0, {})

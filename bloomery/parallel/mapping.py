@@ -201,7 +201,7 @@ def _check_fits(degrees: dict[str, int], inner: int, world: int, where: str) -> 
 
 def _check_divides(where: str, degree: int, name: str, size: int) -> None:
     if size % degree:
-        found = f"{name} {size}" if size > 1 else name
+        found = name if name.startswith("one:") else f"{name} {size}"
         raise ConfigError(f"{where}: {degree} does not divide {found}; choose {_listed(_divisors(size))}")
 
 
