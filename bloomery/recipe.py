@@ -20,7 +20,7 @@ from bloomery import artifact
 from bloomery import config as configs
 from bloomery.artifact import Manifest, Output
 from bloomery.config import Config
-from bloomery.errors import ArtifactError, BloomeryError, ConfigError
+from bloomery.errors import ArtifactError, BloomeryError, ConfigError, PeerError
 from bloomery.parallel.world import agreed, joined, world
 from bloomery.progress import say
 
@@ -280,6 +280,8 @@ def _child(step: Step, sender: multiprocessing.connection.Connection, parent: in
             stage_module(step.stage).run(step.config, step.out)
     except BloomeryError as error:
         sender.send(type(error)(f"{step.name}: {error}"))
+        if isinstance(error, PeerError):
+            os._exit(error.exit_code)  # a thread may still wait for the rank that is gone
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -99,19 +99,25 @@ def explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not lost_a_peer(error):
+        silence = _silence(error)
+        if silence is None:
             raise
         raise PeerError(
-            f"another rank has died or does not answer ({str(error).splitlines()[0]}); what was saved is kept. "
+            f"another rank has died or does not answer ({silence}); what was saved is kept. "
             "Run the same command to continue, or give torchrun --max-restarts to have it done"
         ) from error
 
 
-def lost_a_peer(error: BaseException) -> bool:
-    """Whether an exception of torch comes from another rank's silence, not from this one's own work."""
+def _silence(error: BaseException | None) -> str | None:
+    """What says so where an exception, or the one that torch wrapped in it, comes from another rank's silence; `None`
+    where it is this one's own."""
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    while error is not None:
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            return str(error).splitlines()[0]
+        error = error.__cause__
+    return None
 
 
 def any_rank(flag: bool) -> bool:

@@ -182,6 +182,9 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self.peers.size > 1 and not isinstance(error, BloomeryError | KeyboardInterrupt):
+            self._writer.shutdown(wait=False, cancel_futures=True)  # ranks that wait for one another's writers
+            return  # would keep each other alive: this process is to end without it
         try:
             with suppress(*([BloomeryError, RuntimeError] if kind else [])):  # what ended the run is the news
                 self.wait()

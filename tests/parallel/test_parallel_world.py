@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from distributed import run
 
 from bloomery import artifact, recipe
 from bloomery.errors import ConfigError, PeerError
 from bloomery.parallel import world as worlds
 from bloomery.parallel.settings import ParallelConfig
-from bloomery.parallel.world import agreed, any_rank, explained, reports, world
+from bloomery.parallel.world import Peers, agreed, any_rank, explained, reports, world
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -98,23 +102,23 @@ def test_a_life_under_torchrun_is_that_of_one_process_killed_or_not(tmp_path):
 
 
 def test_sigterm_to_one_rank_saves_on_all_and_another_number_of_ranks_goes_on(tmp_path):
-    run = tmp_path / "run"
-    launcher = torchrun(2, life(run, *TWO))
-    wait_for(run, 2, launcher)
+    folder = tmp_path / "run"
+    launcher = torchrun(2, life(folder, *TWO))
+    wait_for(folder, 2, launcher)
     ranks = _children(launcher.pid)
     os.kill(ranks[-1], signal.SIGTERM)
     said, _ = launcher.communicate(timeout=120)
-    done = len(losses(run))
+    done = len(losses(folder))
     assert "interrupted; run the same command to continue" in said, said[-3000:]
     assert said.count("bloomery: rank") == 1
     assert "exitcode  : 130" in said
-    assert (run / "base" / "checkpoints" / f"step-{done:08d}").is_dir()
+    assert (folder / "base" / "checkpoints" / f"step-{done:08d}").is_dir()
     again = subprocess.run(
-        [BIN / "bloomery", *life(run)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        [BIN / "bloomery", *life(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
     assert again.returncode == 0, again.stderr
     assert f"pretrain  goes on after step {done} of 10" in again.stderr or done == 10
-    assert len(losses(run)) == 10
+    assert len(losses(folder)) == 10
 
 
 def test_different_settings_on_two_ranks_are_refused_once(tmp_path):
@@ -153,6 +157,8 @@ def test_one_process_asks_nobody():
 def test_only_the_silence_of_others_is_a_peer_error():
     with pytest.raises(PeerError, match="another rank has died or does not answer"), explained():
         raise RuntimeError("[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    with pytest.raises(PeerError, match="closed by peer"), explained():
+        raise RuntimeError("[Stage 1] failed to run forward") from RuntimeError("/gloo/pair.cc: closed by peer")
     with pytest.raises(RuntimeError, match="shapes"), explained():
         raise RuntimeError("shapes do not match")
 
@@ -175,3 +181,34 @@ def test_what_differs_on_a_rank_is_named(tmp_path):
     assert not recipe.runs_on_all_ranks(step)
     theirs = config.model_dump(mode="json") | {"kind": "messages"}
     assert recipe._difference(theirs, config) == "kind: 'prompts' on rank 0, 'messages' on rank 0"
+
+
+def hang():
+    """Rank 1 comes too late to a group whose ranks wait for one second."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
+    dist.barrier()
+    if dist.get_rank() == 1:
+        time.sleep(2)
+        return ""
+    try:
+        with explained():
+            dist.all_reduce(torch.ones(1), group=group)
+    except PeerError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_rank_that_hangs_is_waited_for_only_so_long():
+    said, _ = run(2, hang)
+    assert "another rank has died or does not answer" in said
+    assert "Timed out waiting 1000ms" in said
+    assert "Run the same command to continue" in said
+
+
+def speak(values):
+    peers = Peers()
+    return peers.gather(values[peers.rank]), peers.first(values[peers.rank]), any_rank(peers.rank == 1)
+
+
+def test_peers_exchange_plain_objects():
+    assert run(2, speak, [{"a": 1}, "b"]) == [([{"a": 1}, "b"], {"a": 1}, True)] * 2

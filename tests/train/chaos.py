@@ -30,7 +30,7 @@ from bloomery.train.loop import LoopConfig
 from bloomery.train.run import resumable
 from bloomery.train.spread import row_batches
 
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS, PATIENCE_SECONDS = 60.0, 3.0
 LOST_A_PEER = 7
 ROUTE = [name for name, (ranks, _) in MAPPINGS.items() if ranks > 1]
 
@@ -72,6 +72,16 @@ def reached(path: Path) -> int:
     return max((row["step"] for row in artifact.Metrics(path / artifact.METRICS).read()), default=0)
 
 
+def _end(processes: list[Any], patience: float) -> None:
+    """Ranks that miss one end by themselves; those still meeting, at the start, are asked to, as torchrun does."""
+    deadline = time.monotonic() + patience
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.terminate()
+        process.join(2 * TIMEOUT_SECONDS)
+
+
 def main(path: Path, steps: int, kills: int, seed: int) -> None:
     draw, context = random.Random(seed), multiprocessing.get_context("fork")
     for attempt in range(kills + 1):
@@ -84,23 +94,20 @@ def main(path: Path, steps: int, kills: int, seed: int) -> None:
         ]
         for process in processes:
             process.start()
-        victim, wanted, hit = draw.randrange(ranks), reached(path) + draw.randint(0, 4), False
+        victim, wanted = draw.randrange(ranks), reached(path) + draw.randint(0, 4)
         if attempt < kills:
             while reached(path) < wanted and all(process.is_alive() for process in processes):
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.1))
-            hit = processes[victim].is_alive()
             processes[victim].kill()
         started = time.monotonic()
-        for process in processes:
-            process.join(3 * TIMEOUT_SECONDS)
+        _end(processes, patience=PATIENCE_SECONDS if attempt < kills else 30 * PATIENCE_SECONDS)
         codes = [process.exitcode for process in processes]
+        hit = codes[victim] == -signal.SIGKILL
         found = {"mapping": name, "victim": victim if hit else None, "codes": codes, "step": reached(path)}
         sys.stdout.write(json.dumps(found | {"seconds": time.monotonic() - started}) + "\n")
         sys.stdout.flush()
-        for process in processes:
-            process.kill()
-        if attempt < kills and any(code not in (0, LOST_A_PEER, -signal.SIGKILL) for code in codes):
+        if any(code not in (0, LOST_A_PEER, -signal.SIGKILL, -signal.SIGTERM) for code in codes):
             sys.exit(1)
 
 

@@ -35,9 +35,9 @@ def check(folder, steps, kills):
     hits = [start for start in starts if start["victim"] is not None]
     for start in hits:
         others = {code for rank, code in enumerate(start["codes"]) if rank != start["victim"]}
-        assert start["codes"][start["victim"]] == -9
-        assert others <= {LOST_A_PEER, 0}, start  # a rank that had nothing left to do may have ended
+        assert others <= {LOST_A_PEER, 0, -15}, start  # 0: had nothing left to do; -15: still waited for a meeting
         assert start["seconds"] < 30, start
+    assert any(LOST_A_PEER in start["codes"] for start in hits)
     return len(hits)
 
 
