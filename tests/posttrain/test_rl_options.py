@@ -12,7 +12,7 @@ from rl_kills import starts_with_digit
 from bloomery import artifact
 from bloomery.config import build
 from bloomery.data.dataset import read_rows, write_rows
-from bloomery.errors import BloomeryError, ConfigError, DivergenceError
+from bloomery.errors import BloomeryError, ConfigError, DivergenceError, SandboxError
 from bloomery.model import hf
 from bloomery.posttrain import audit, rl
 from bloomery.posttrain.rl_config import RLConfig
@@ -209,3 +209,22 @@ def test_settings_that_contradict_each_other(tiny_world: Any, settings: dict[str
 def test_check_names_the_phases(tiny_world: Any) -> None:
     found = rl.check(config(tiny_world, phases=[{"until_step": 2, "max_new_tokens": 2}, {}]))
     assert [phase["max_new_tokens"] for phase in found["phases"]] == [2, 3]
+
+
+def test_without_a_sandbox_programs_are_not_judged(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No bubblewrap on the path: the stage is refused with the line that installs it, and nothing is learnt."""
+    tests = {
+        "kind": "call",
+        "fn_name": "f",
+        "cases": [{"args": [1], "ret": 1}],
+        "reference": "def f(x):\n    return x\n",
+    }
+    chats = [{"prompt": [{"role": "user", "content": f"{n}="}], "answer": json.dumps(tests), "verifier": "program"}
+             for n in range(4)]  # fmt: skip
+    write_rows(tmp_path / "prompts", "code", chats, "prompts")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SandboxError, match="bwrap is not installed, .* apt-get install bubblewrap"):
+        rl.run(config(tiny_world, prompts=tmp_path / "prompts"), tmp_path / "out")
+    assert not rows(tmp_path / "out")
