@@ -4,6 +4,8 @@ Every rank along `tensor` holds other tokens. A mixer whose weights are shared g
 its heads or channels, and on its way out the ranks' outputs are summed and each keeps its own tokens. Norms, embedding,
 router and head see a rank's own tokens with whole weights, so their gradients are partial sums over `tensor` too.
 
+What is more than a product (`BiasLater`, `SharedHeads`) is no `nn.Linear`, so that FP8 leaves it alone.
+
 Mamba-2 is shared by whole groups (arXiv 2504.03624): heads, B and C, convolution channels and the gated norm of a group
 stay together, so nothing else has to be sent. Key heads fewer than ranks are held by several ranks.
 """
@@ -68,8 +70,8 @@ def _attention(mixer: Attention, config: ModelConfig, meshes: Meshes) -> dict[st
         place = meshes.place("tensor") % same
         ranks = meshes.ranks("tensor")[meshes.place("tensor") - place :][:same]
         group = group_of(ranks, "key_heads")
-        for projection in (mixer.k_proj, mixer.v_proj):
-            _sum_gradients(projection, group)
+        for name in ("k_proj", "v_proj"):
+            setattr(mixer, name, SharedHeads(getattr(mixer, name), group))
     return found
 
 
@@ -155,19 +157,16 @@ class BiasLater(nn.Module):
         return F.linear(x, self.weight)
 
 
-class _SharedLinear(nn.Linear):
+class SharedHeads(nn.Module):
     """A linear layer that several ranks hold: each has the gradient of its own queries, and all need the sum."""
 
-    group: Group
+    def __init__(self, linear: nn.Linear, group: Group):
+        super().__init__()
+        self.weight, self.bias, self.group = linear.weight, linear.bias, group
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else sum_gradient(self.bias, self.group)
         return F.linear(x, sum_gradient(self.weight, self.group), bias)
-
-
-def _sum_gradients(linear: nn.Linear, group: Group) -> None:
-    linear.__class__ = _SharedLinear
-    linear.group = group  # type: ignore[assignment]
 
 
 def _as_multiplied(x: Tensor) -> Tensor:

@@ -154,12 +154,18 @@ def refused(which):
     return ""
 
 
+def linear_layers():
+    model = parallelize(decoder(), Mapping(tensor=2)).model
+    found = {name for name, module in model.layers.named_modules() if isinstance(module, torch.nn.Linear)}
+    return sorted(name.rpartition(".")[2] for name in found)
+
+
 @pytest.mark.parametrize(
     ("which", "message"),
     [
         ("configs", "model.norm_eps: 2e-05 on rank 1, but 1e-05 on rank 0; start all ranks with the same recipe"),
         ("lengths", "a model shared among ranks does not decode; gather its weights first"),
-        ("positions", "position_ids: needed, for this rank's tokens lie anywhere in a sequence; split() adds them"),
+        ("positions", "position_ids: needed, for this rank's tokens lie anywhere in their sequence; split() adds them"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_on_every_rank(which, message):
@@ -170,6 +176,11 @@ def test_groups_of_mamba_heads_are_not_taken_apart():
     one_group = SHARED.model_copy(update={"n_groups": 1})
     with pytest.raises(ConfigError, match="tensor: 2 does not divide n_groups 1; choose 1"):
         parallelize(Decoder(one_group), Mapping(tensor=2))
+
+
+def test_fp8_leaves_alone_what_is_more_than_a_product():
+    """It would go around the sum of the key heads' gradients, and add a bias once a rank."""
+    assert run(2, linear_layers) == [["gate_proj", "in_proj", "out_proj", "q_proj", "up_proj"]] * 2
 
 
 def test_alone_nothing_is_replaced():
