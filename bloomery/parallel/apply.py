@@ -13,7 +13,7 @@ from bloomery.config import Config
 from bloomery.errors import ConfigError
 from bloomery.model.decoder import Decoder
 from bloomery.parallel import mapping as grids
-from bloomery.parallel.collectives import all_reduce_
+from bloomery.parallel.collectives import all_reduce_, traffic
 from bloomery.parallel.context import ContextModes, apply_context
 from bloomery.parallel.data import WORLD, DataParallel, local, shard_data
 from bloomery.parallel.expert import Way, apply_experts
@@ -55,17 +55,22 @@ class Parallel:
     def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Any]:
         """Gradients of the sum of the losses over all ranks; micro-batches are as `split` returns them.
 
-        Returns this rank's losses without gradient: their sums and weights add up over micro-batches and ranks.
+        Returns this rank's losses without gradient: their sums and weights add up over micro-batches and ranks. The
+        last one's metrics also say what the rank sent, `sent/{group}` in bytes, as `collectives.traffic` counts it.
         """
-        if self.pipeline is not None:
-            self.data.accumulate(last=True)
-            losses = self.pipeline.forward_backward(micro_batches, objective)
-        else:
-            losses = [
-                self._one(batch, objective, last=number == len(micro_batches))
-                for number, batch in enumerate(micro_batches, 1)
-            ]
+        with traffic() as sent:
+            if self.pipeline is not None:
+                self.data.accumulate(last=True)
+                losses = self.pipeline.forward_backward(micro_batches, objective)
+            else:
+                losses = [
+                    self._one(batch, objective, last=number == len(micro_batches))
+                    for number, batch in enumerate(micro_batches, 1)
+                ]
         self.data.finish()
+        for (group, _), count in sent.items() if losses else ():
+            before, _ = losses[-1].metrics.get(f"sent/{group}", (0, 1))
+            losses[-1].metrics[f"sent/{group}"] = (before + count, 1)
         return losses
 
     def _one(self, batch: Batch, objective: Objective, last: bool) -> Any:
