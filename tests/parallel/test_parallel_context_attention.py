@@ -207,6 +207,9 @@ def test_plain_products_are_the_fused_kernel():
             plain = blocks.attend(query, key, value, causal, None)
             plain_back = blocks.attend_backward(weight, query, key, value, *plain, causal, None)
         torch.testing.assert_close((*plain, *plain_back), (*fused, *fused_back), rtol=1e-12, atol=1e-12)
+        scores = query @ key.repeat_interleave(2, 1).mT / HEAD_DIM**0.5
+        seen = torch.ones(32, 32, dtype=torch.bool).tril() if causal else torch.ones(32, 32, dtype=torch.bool)
+        torch.testing.assert_close(plain[1], scores.masked_fill(~seen, -torch.inf).logsumexp(-1))
 
 
 def test_a_query_that_sees_nothing_is_zero_and_never_nan():

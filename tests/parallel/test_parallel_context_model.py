@@ -98,11 +98,12 @@ def test_a_window_and_a_length_that_needs_padding():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("attention", ["allgather", "ring", "heads"])
 @pytest.mark.parametrize("window", [None, 11])
 @pytest.mark.parametrize("degrees", [{"context": 4}, {"context": 2, "tensor": 2}, {"context": 2, "pipeline": 2}])
-def test_four_ranks_share_sequences_in_every_mode(degrees, window):
-    fitting = [m for m in MODES if m.mamba == "state" or "tensor" not in degrees]
-    _compare(Mapping(**degrees), [(modes, [_batch(True), _batch(True)], window, False) for modes in fitting])
+def test_four_ranks_share_sequences_in_every_mode(degrees, window, attention):
+    modes = [m for m in MODES if m.attention == attention and (m.mamba == "state" or "tensor" not in degrees)]
+    _compare(Mapping(**degrees), [(mode, [_batch(True), _batch(True)], window, False) for mode in modes])
 
 
 def _refused(modes):
