@@ -63,6 +63,7 @@ class Canaries:
 
     def __init__(self, pool: Judge, prompts: Iterable[Prompt], count: int, require_think: bool):
         thought = "</think>" if require_think else ""
+        self._pool = pool
         self._asked: list[tuple[Prompt, str, Future[Verdict]]] = []
         taken: dict[str, int] = {}
         for prompt in prompts:
@@ -75,6 +76,8 @@ class Canaries:
         """Raises `BloomeryError` where a gold answer is not right, or an empty one is."""
         for prompt, text, future in self._asked:
             verdict = future.result()
+            if verdict.status == "timeout":  # a busy machine is no broken verifier: once more, with less beside it
+                verdict = self._pool.submit(prompt.verifier, text, prompt.answer).result()
             if verdict.score is not None and verdict.correct != bool(text):
                 raise BloomeryError(
                     f"verifier {prompt.verifier!r} judges {text[:80]!r}, {'the gold' if text else 'an empty'} answer "

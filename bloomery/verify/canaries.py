@@ -50,6 +50,8 @@ def self_test(verifiers: Iterable[str] = tuple(VERIFIERS)) -> None:
         lookup(verifier)
         for completion, answer, expected in CANARIES[verifier]:
             verdict = judge(verifier, completion, answer)
+            if verdict.status == "timeout":  # a busy machine is no broken verifier
+                verdict = judge(verifier, completion, answer)
             if verdict.status != expected:
                 raise BloomeryError(
                     f"verify: {verifier} judges {completion!r} against {answer!r} as {verdict.status} "

@@ -90,6 +90,12 @@ def test_a_verifier_that_refuses_a_gold_answer_is_broken() -> None:
     bountiful = Scripted(lambda text: Verdict.of("correct"))
     with pytest.raises(BloomeryError, match="judges '', an empty answer of prompt p0, as correct"):
         Canaries(bountiful, prompts, 1, require_think=False).check()
+    moods = iter(["timeout", "wrong", "correct"])
+    slow = Scripted(lambda text: Verdict.of(next(moods)))  # type: ignore[arg-type]
+    Canaries(slow, prompts[:1], 1, require_think=False).check()  # the first is asked again
+    moods = iter(["timeout", "wrong", "timeout"])
+    with pytest.raises(BloomeryError, match="the gold answer of prompt p0, as timeout"):
+        Canaries(slow, prompts[:1], 1, require_think=False).check()
     thoughtful = Scripted(lambda text: Verdict.of("correct" if text.startswith("</think>") else "no_think"))
     Canaries(thoughtful, prompts, 1, require_think=True).check()
 
