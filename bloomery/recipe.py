@@ -21,7 +21,7 @@ from bloomery import config as configs
 from bloomery.artifact import Manifest, Output
 from bloomery.config import Config
 from bloomery.errors import ArtifactError, BloomeryError, ConfigError, PeerError
-from bloomery.parallel.world import agreed, joined, world
+from bloomery.parallel.world import agreed, joined, leave, world
 from bloomery.progress import say
 
 STAGES = {
@@ -289,6 +289,7 @@ def _child(step: Step, sender: multiprocessing.connection.Connection, parent: in
 
 def _joined(step: Step) -> AbstractContextManager[Any]:
     if not runs_on_all_ranks(step):
+        leave()
         return nullcontext()
     return joined(step.name, step.config.parallel.timeout_seconds)  # type: ignore[attr-defined]
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from bloomery.errors import ConfigError, PeerError
 
 TIMEOUT_SECONDS = 600.0
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
 _POLL_SECONDS, _CAUSE_SECONDS = 0.05, 5.0
 T = TypeVar("T")
 
@@ -39,12 +40,17 @@ class World:
 
 def world() -> World:
     """This process by the environment that torchrun sets; without one, the only process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
-    given = [os.environ.get(name) for name in names]
+    given = [os.environ.get(name) for name in _NAMES]
     rank, size, local, restart = (
         int(value) if value else default for value, default in zip(given, (0, 1, 0, 0), strict=True)
     )
     return World(rank, size, local, restart)
+
+
+def leave() -> None:
+    """Be the only process from here on: for a stage that rank 0 runs while the others wait."""
+    for name in _NAMES:
+        os.environ.pop(name, None)
 
 
 def agreed(name: str, decide: Callable[[], str]) -> str:

@@ -145,6 +145,8 @@ def test_the_environment_says_who_this_is(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with pytest.raises(ConfigError, match="WORLD_SIZE is 4, but torchrun did not start this process; start it with"):
         agreed("anything", str)
+    worlds.leave()
+    assert world() == worlds.World(0, 1, 0, 0)
 
 
 def test_one_process_asks_nobody():
