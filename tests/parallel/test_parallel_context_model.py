@@ -69,7 +69,7 @@ def _together(mapping, cases):
             parallel = parallelize(_decoder(window), mapping, modes)
             parts = [parallel.split(batch) for batch in batches]
             losses = parallel.forward_backward(parts, _recomputing if recompute else _objective)
-            total = parallel.sum(torch.stack([loss.sum for loss in losses]).sum())
+            total = parallel.sum(sum((loss.sum for loss in losses), torch.zeros((), dtype=torch.float64)))
             found.append((float(total), {name: full.clone() for name, full in parallel.full_gradients()}))
     return found
 
