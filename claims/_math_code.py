@@ -56,7 +56,7 @@ _LINEAR = {"kinds": ("linear",), "max_slope": 9, "max_constant": 60, "cases": 4}
 _DESCRIBED = {"kinds": ("numbers", "lists", "strings"), "max_constant": 40, "cases": 6}
 SOURCES: dict[str, tuple[tuple[str, Mapping[str, Any], float], ...]] = {
     "math": (("chain", _CHAIN, 1.0),),
-    "long chains": (("chain", _CHAIN | {"min_ops": 4, "max_ops": 4}, 1.0),),
+    "long chains": (("chain", _CHAIN | {"min_ops": 5, "max_ops": 5}, 1.0),),
     "code": (("program", _LINEAR, 0.75), ("program", _DESCRIBED, 0.25)),
     "words": (("strings", {"operations": ("reverse",)}, 1.0),),
 }

@@ -22,6 +22,8 @@ from claims._math_code import Coin, Practice, Reinforcement
 RATE = 2e-4
 MIXTURE = 0.4
 """Share of the solutions that show their steps, in the mixture before RL."""
+SHARES = {"math": 4, "code": 4, "words": 1}
+"""Problems of a domain in lessons of several."""
 LENGTHS = (20, 30, 40)
 LONGEST = 72
 HARD = 6 / 16
@@ -36,8 +38,8 @@ class Size:
     those that stay unsolved, `again` new tries are made."""
 
     model: ModelConfig = world.MODEL
-    problems: int = 6000
-    stepwise_steps: int = 1200
+    problems: int = 9000
+    stepwise_steps: int = 1800
     mixed_steps: int = 150
     sft_steps: int = 200
     batches: dict[str, int] = field(default_factory=lambda: {"math": 60, "words": 60, "code": 40})
@@ -49,7 +51,7 @@ class Size:
     items: dict[str, int] = field(default_factory=lambda: {"math": 256, "code": 128})
     samples: int = 8
     rated: int = 400
-    puzzles: int = 64
+    puzzles: int = 96
     tries: int = 128
     again: int = 256
 
@@ -107,8 +109,9 @@ class Cell:
         change: Callable[[list[Problem]], list[Problem]] = list, until: Callable[[int], bool] = lambda step: False,
     ) -> dict[str, Any]:  # fmt: skip
         """Learn from solutions, for `steps` or until `until(step)` says so."""
-        count = self.size.problems // len(domains)
-        lessons = change([p for domain in domains for p in self.drawn(domain, what, count, stepwise=stepwise)])
+        one = self.size.problems / sum(SHARES[domain] for domain in domains)
+        parts = [self.drawn(domain, what, round(one * SHARES[domain]), stepwise=stepwise) for domain in domains]
+        lessons = change([problem for part in parts for problem in part])
         for step in world.fine_tune(self.model, lessons, steps or self.size.sft_steps, rate, self.seed):
             if until(step.step):
                 break
