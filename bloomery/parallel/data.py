@@ -215,12 +215,12 @@ class DataParallel:
 
     def _add_twin(self, gradient: Tensor, twin: int) -> None:
         theirs, mine = torch.empty_like(gradient), gradient.contiguous()
-        group = self.meshes.group("pipeline")
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, mine, twin, group), dist.P2POp(dist.irecv, theirs, twin, group)]
-        )
-        for work in works:
-            work.wait()
+        group, first = self.meshes.group("pipeline"), self.meshes.place("pipeline") == 0
+        for sends in (first, not first):  # one after the other: on NCCL two sends would wait for each other
+            if sends:
+                dist.send(mine, twin, group)
+            else:
+                dist.recv(theirs, twin, group)
         gradient += theirs
 
 
