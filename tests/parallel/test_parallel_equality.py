@@ -29,7 +29,8 @@ def shown(mapping):
     """Tensor, context, data, pipeline | expert_tensor, expert, expert_data, and what else is not 1."""
     dense, expert = ("tensor", "context", "data", "pipeline"), ("expert_tensor", "expert", "expert_data")
     listed = [",".join(str(getattr(mapping, axis)) for axis in axes) for axes in (dense, expert)]
-    others = [f"{name}{getattr(mapping, name)}" for name in ("interleave", "zero") if getattr(mapping, name) > 1]
+    settings = {name: getattr(mapping, name) for name in ("interleave", "zero", "replicate", "recompute")}
+    others = [f"{name}{value}" for name, value in settings.items() if value != Mapping.model_fields[name].default]
     return " ".join(["|".join(listed), *others])
 
 
@@ -51,6 +52,8 @@ EIGHT = [
     degrees(2, 1, 2, 2, 2, 1, 2, zero=3),
     degrees(1, 1, 4, 2, 1, 1, 4, zero=3),
     degrees(1, 2, 2, 2, 1, 2, 2, interleave=2),
+    degrees(2, 2, 1, 2, 1, 4, 1, recompute=True),
+    degrees(2, 1, 4, 1, 1, 2, 4, zero=3, replicate=2),
 ]
 FOUR = [degrees(2, 1, 1, 2, 1, 2, 1), degrees(2, 2, 1, 1, 2, 1, 2), degrees(1, 2, 2, 1, 1, 4, 1, zero=3)]
 
