@@ -76,7 +76,7 @@ def test_steps_are_those_of_one_process(world, settings, pattern):
 @pytest.mark.parametrize("zero", [1, 3])
 @pytest.mark.parametrize(
     "settings",
-    [{"data": 4}, {"data": 4, "replicate": 2}, {"data": 2, "tensor": 2}, {"pipeline": 2, "data": 2, "interleave": 2}],
+    [{"data": 4}, {"data": 4, "replicate": 2}, {"pipeline": 2, "data": 2, "interleave": 2}],
 )
 def test_steps_of_every_way_to_shard(settings, zero):
     run(4, same_steps, settings | {"zero": zero}, "*-M-")
