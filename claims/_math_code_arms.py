@@ -60,7 +60,7 @@ FULL = Size()
 SMOKE = Size(
     model=world.MODEL.model_copy(update={"pattern": "*-", "hidden_size": 48, "intermediate_size": 128, "head_dim": 12}),
     problems=60, stepwise_steps=10, mixed_steps=2, sft_steps=2, batches=dict.fromkeys(("math", "words", "code"), 2),
-    late_batches=1, length_tokens=300, prompts=20, num_prompts=4, group_size=2, items={"math": 4, "code": 4}, samples=2,
+    late_batches=1, length_tokens=300, prompts=20, num_prompts=8, group_size=2, items={"math": 4, "code": 4}, samples=2,
     rated=4, puzzles=4, tries=2, again=2,
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ class Cell:
             self.load(after)
 
     def __enter__(self) -> Self:
-        self.pool = Pool(workers=2)
+        self.pool = Pool(workers=1 if self.size is SMOKE else 2)
         return self
 
     def __exit__(self, *_: object) -> None:

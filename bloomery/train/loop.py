@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -17,11 +17,13 @@ from bloomery.data.pack import Batch
 from bloomery.errors import ConfigError
 from bloomery.model import balance
 from bloomery.model.balance import BalanceConfig
-from bloomery.parallel.apply import Parallel
 from bloomery.train.fp8 import Fp8, Fp8Config, Telemetry
 from bloomery.train.losses import Loss
 from bloomery.train.schedule import learning_rate
 from bloomery.train.totals import Totals
+
+if TYPE_CHECKING:  # FSDP and pipelines take two seconds to import, which one process does not need
+    from bloomery.parallel.apply import Parallel
 
 Objective = Callable[[nn.Module, Batch], Loss]
 _BF16_HIDDEN_SIZE = 256  # narrower matrices spend more on casting than AMX saves
@@ -110,7 +112,7 @@ class TrainState:
     step: int = 0
     position: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
-    parallel: Parallel | None = None
+    parallel: "Parallel | None" = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def steps(
 class _Around:
     """What a forward and backward pass run in: autocast, FP8 products, activation checkpointing."""
 
-    def __init__(self, model: nn.Module, parallel: Parallel | None, config: LoopConfig, device: torch.device):
+    def __init__(self, model: nn.Module, parallel: "Parallel | None", config: LoopConfig, device: torch.device):
         self.eight_bit = Fp8(model, config.fp8 if config.precision == "fp8" else None)
         # Weights that come and go are not to be kept as bf16 copies.
         keeps = parallel is None or parallel.mapping.zero == 1

@@ -6,16 +6,17 @@ Of several ranks, each has the same totals, and so decides the same.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bloomery.errors import DivergenceError
-from bloomery.parallel.apply import Parallel
-from bloomery.parallel.data import WORLD
 from bloomery.train.losses import Loss, Metric
+
+if TYPE_CHECKING:  # FSDP and pipelines take two seconds to import, which one process does not need
+    from bloomery.parallel.apply import Parallel
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Totals:
         return cls._from(sum(own[::2]), sum(own[1::2]), values[0], _added(owners, rest))
 
     @classmethod
-    def over(cls, losses: Sequence[Loss], parallel: Parallel, known: list[str]) -> Self:
+    def over(cls, losses: Sequence[Loss], parallel: "Parallel", known: list[str]) -> Self:
         """Those of all ranks, whose gradients are sums over all ranks already.
 
         known: the names of metrics that all ranks agree on; it grows, on all alike, when one meets another.
@@ -65,7 +66,7 @@ class Totals:
         metrics = {name: part / share for name, (part, share) in sums.items() if share}
         return cls(total, weight, norm / weight if weight else math.nan, metrics)
 
-    def check(self, losses: Sequence[Loss], where: str, parallel: Parallel | None = None) -> None:
+    def check(self, losses: Sequence[Loss], where: str, parallel: "Parallel | None" = None) -> None:
         """Raises `DivergenceError` naming `where` and the sources, when this step must not be taken; on all ranks."""
         sources = [name.removeprefix("loss/") for name in self.metrics if name.startswith("loss/")]
         where += f" (sources {', '.join(sources)})" if sources else ""
@@ -111,7 +112,7 @@ def _placed(owners: Sequence[str], values: Tensor, known: Sequence[str]) -> Tens
     return found.index_add_(0, to, values.view(-1, 2)[rows]).flatten()
 
 
-def _culprit(losses: Sequence[Loss], parallel: Parallel | None) -> str:
+def _culprit(losses: Sequence[Loss], parallel: "Parallel | None") -> str:
     """The first micro-batch of the first rank whose loss is not finite."""
     sums = [float(loss.sum) for loss in losses]
     bad = next((i for i, value in enumerate(sums) if not math.isfinite(value)), None)
@@ -122,8 +123,10 @@ def _culprit(losses: Sequence[Loss], parallel: Parallel | None) -> str:
     return f"{found[0][1]} on rank {found[0][0]}" if found else "all ranks together is not finite"
 
 
-def _everyone(value: T, parallel: Parallel) -> list[T]:
+def _everyone(value: T, parallel: "Parallel") -> list[T]:
     """Every rank's value, by rank."""
+    from bloomery.parallel.data import WORLD
+
     group = parallel.meshes.group(*WORLD)
     if group is None:
         return [value]
