@@ -1,8 +1,6 @@
 """AdamW (arXiv 1711.05101) with weight decay only where it belongs."""
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from bloomery.train.loop import LoopConfig
@@ -31,9 +29,9 @@ def adamw(model: nn.Module, config: LoopConfig) -> Optimizer:
 
 
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    found: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
-        found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)  # a DTensor has one
     return list(found.values())
 
 
