@@ -35,7 +35,7 @@ MODELS = {
     ),
     "tied": ModelConfig(
         pattern="E-M*", mlp_gated=True, mlp_hidden_act="silu", router_activation="softmax", tie_word_embeddings=True,
-        sliding_window=6, **_SIZES,
+        sliding_window=6, **_SIZES | {"num_key_value_heads": 1},
     ),
 }  # fmt: skip
 BALANCES = {
