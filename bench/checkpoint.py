@@ -34,7 +34,7 @@ MODEL = ModelConfig(
     family="llama", pattern="*-" * 12, mlp_gated=True, mlp_hidden_act="silu", rope=RopeConfig(), vocab_size=8192,
     hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=12, head_dim=64,
 )  # fmt: skip
-QUICK = MODEL.model_copy(update={"pattern": "*-"})
+QUICK = MODEL.model_copy(update={"pattern": "*-", "vocab_size": 512, "intermediate_size": 256})
 ROWS, SEQ = 4, 256
 REPEATS = 3
 
