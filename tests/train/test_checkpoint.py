@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tiny_training import loop, new_state, stream
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from bloomery import artifact
 from bloomery.errors import ArtifactError
@@ -186,3 +188,20 @@ def test_a_rename_that_fails_loses_nothing(saved, monkeypatch):
     with pytest.raises(ArtifactError, match="cannot write: No space left on device"):
         checkpoints.save(state)  # the failure of the write before shows here
     assert folders(checkpoints.directory) == ["step-00000004", "step-00000006"]
+
+
+def test_checkpoints_of_earlier_versions_are_read(tmp_path):
+    """They were written from torch's own state dicts, in one process."""
+    state = trained(loop(max_steps=3, schedule="constant"))
+    folder = tmp_path / "step-00000003"
+    model, optimizer = get_state_dict(state.model, state.optimizer)
+    tensors = {"model": model, "optimizer": optimizer, "random": torch.get_rng_state()}
+    dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+    artifact.write_json(folder / "state.json", {"step": 3, "position": 12, "extra": {}})
+    checksums = {file.name: artifact.file_digest(file) for file in sorted(folder.iterdir())}
+    artifact.write_json(folder / "checksums.json", checksums)
+    other = new_state(loop(), seed=9)
+    assert Checkpoints(tmp_path).load_latest(other)
+    assert same(state, other)
+    config = loop(max_steps=5, schedule="constant")
+    assert same(trained(config, state), trained(config, other))
