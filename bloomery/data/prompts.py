@@ -1,8 +1,10 @@
 """Prompts with verifiable answers, encoded for generation."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bloomery.data.chat import encode_prompt
 from bloomery.data.dataset import read_rows
@@ -13,7 +15,11 @@ from bloomery.errors import ArtifactError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of kind `prompts`, and its token ids up to where the assistant begins."""
+    """One row of kind `prompts`, and its token ids up to where the assistant begins.
+
+    domain: what it is about, by its metadata, or else its source; form: `choice` or `open`, by its metadata or verifier;
+    options: how many there are to choose from, 0 where that is open or unknown.
+    """
 
     id: str
     source: str
@@ -21,6 +27,9 @@ class Prompt:
     answer: str
     verifier: str
     ids: tuple[int, ...]
+    domain: str = ""
+    form: str = "open"
+    options: int = 0
 
 
 def load_prompts(path: Path, tokenizer: Tokenizer, max_tokens: int, drops: Drops) -> list[Prompt]:
@@ -37,7 +46,16 @@ def load_prompts(path: Path, tokenizer: Tokenizer, max_tokens: int, drops: Drops
         if len(ids) > max_tokens:
             drops.add(f"prompt longer than {max_tokens} tokens", row["id"])
             continue
-        prompts.append(Prompt(row["id"], row["source"], row["prompt"], row["answer"], row["verifier"], tuple(ids)))
+        kind = kind_of_question(json.loads(row["metadata"]), row["source"], row["verifier"])
+        own = (row["id"], row["source"], row["prompt"], row["answer"], row["verifier"], tuple(ids))
+        prompts.append(Prompt(*own, *kind))
     if not prompts:
         raise ArtifactError(f"{path}: no prompt is left to use; dropped: {drops}")
     return prompts
+
+
+def kind_of_question(metadata: Mapping[str, Any], source: str, verifier: str) -> tuple[str, str, int]:
+    """Domain, form and number of options of a prompt, as `Prompt` has them."""
+    form = metadata.get("form") or ("choice" if verifier == "choice" else "open")
+    options = len(metadata.get("options") or ()) if form == "choice" else 0
+    return str(metadata.get("domain") or source), str(form), options
