@@ -4,12 +4,8 @@ The rule of AceReason-Nemotron (arXiv 2505.16400, section 3.1: 9 words for mathe
 the details that the paper leaves open settled here: NFKC, lower case, words and numbers only.
 """
 
-import hashlib
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -18,6 +14,7 @@ from bloomery.config import Config, Field
 from bloomery.data.document import Document, Drops
 from bloomery.data.read import Invalid
 from bloomery.data.sources import AnySource
+from bloomery.data.words import tokens, window_hashes, word_hashes
 from bloomery.errors import ArtifactError
 
 NGRAM = {"math": 9, "code": 14}
@@ -26,9 +23,7 @@ NGRAM = {"math": 9, "code": 14}
 SHORTEST_CONTAINED = 4
 """A benchmark item of fewer words than this counts only as a whole line or a whole text: any text may contain it."""
 
-_TOKEN = re.compile(r"\d+|[^\W\d_]+")
 _NUMBER = "0"  # stands for every number; no token is compared with it unmasked
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that powers never vanish modulo 2**64
 _LONGEST_QUOTE = 200
 
 
@@ -130,11 +125,6 @@ def load(config: DecontaminateConfig) -> Decontaminator:
     return decontaminator
 
 
-def tokens(text: str) -> list[str]:
-    """Words and numbers after NFKC in lower case. `x²`, `x^2` and `X 2` all give x, 2."""
-    return _TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
-
-
 def _mask(words: list[str]) -> list[str]:
     return [_NUMBER if word.isdigit() else word for word in words]
 
@@ -162,7 +152,7 @@ class _Table:
 
     def add(self, words: list[str], length: int, item: int, chosen: np.ndarray | None = None) -> None:
         """The runs of `length` of an item: all, or those `chosen`."""
-        windows = _window_hashes(_word_hashes(words), length)
+        windows = window_hashes(word_hashes(words), length)
         self._new.setdefault(length, []).append((windows if chosen is None else windows[chosen], item))
 
     def find(self, words: list[str], whole: bool = False) -> tuple[int, int, int] | None:
@@ -171,8 +161,8 @@ class _Table:
         for length, (known, items) in self._lookup().items():
             if not len(known) or len(words) < length or (whole and len(words) != length):
                 continue
-            hashed = _word_hashes(words) if hashed is None else hashed
-            windows = _window_hashes(hashed, length)
+            hashed = word_hashes(words) if hashed is None else hashed
+            windows = window_hashes(hashed, length)
             places = np.minimum(np.searchsorted(known, windows), len(known) - 1)
             matches = np.flatnonzero(known[places] == windows)
             if matches.size:
@@ -192,25 +182,6 @@ class _Table:
             self._sorted[length] = known, owners[first]
         self._new.clear()
         return self._sorted
-
-
-@lru_cache(maxsize=1 << 16)
-def _word_hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-def _word_hashes(words: list[str]) -> np.ndarray:
-    return np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
-
-
-def _window_hashes(words: np.ndarray, length: int) -> np.ndarray:
-    """(words - length + 1,) polynomial hashes modulo 2**64 of every run of `length` words."""
-    count = len(words) - length + 1
-    hashes = np.zeros(max(count, 0), dtype=np.uint64)
-    if count > 0:
-        for place in range(length):
-            hashes = hashes * _BASE + words[place : place + count]
-    return hashes
 
 
 def as_rows(hits: Iterable[Hit]) -> list[dict[str, object]]:
