@@ -1,9 +1,15 @@
-"""Removal of repeated documents."""
+"""Removal of repeated documents: equal ones, and with `MinHash` those that are nearly equal."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
+from bloomery.config import Config, Field
 from bloomery.data.document import Document, Drops, content_hash
+from bloomery.data.words import tokens, window_hashes, word_hashes
+
+_SEED = 2_718_281_828
 
 
 class ExactDedup:
@@ -19,14 +25,101 @@ class ExactDedup:
     def __call__(self, documents: Iterable[Document], drops: Drops) -> Iterator[Document]:
         """The documents not seen before; the others are counted in `drops`."""
         for document in documents:
-            identity = bytes.fromhex(content_hash(normalized(document.text)))
-            if identity in self._seen:
-                drops.add("duplicate", document.id)
-            else:
-                self._seen.add(identity)
+            if self.is_new(identity(document.text)):
                 yield document
+            else:
+                drops.add("duplicate", document.id)
+
+    def is_new(self, found: bytes) -> bool:
+        """Whether this `identity` comes for the first time; it is remembered."""
+        new = found not in self._seen
+        self._seen.add(found)
+        return new
+
+
+def identity(text: str) -> bytes:
+    """16 bytes; texts that `ExactDedup` calls equal have equal ones."""
+    return bytes.fromhex(content_hash(normalized(text)))
 
 
 def normalized(text: str) -> str:
     """The text with composed characters and single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+class MinHashConfig(Config):
+    """Near duplicates (Broder 1997): texts that share most of their runs of words."""
+
+    threshold: float = Field(
+        default=0.8, description="estimated share of common runs (Jaccard) from which texts are the same", gt=0, le=1
+    )
+    ngram: int = Field(default=5, description="words of a run", ge=1)
+    bands: int = Field(default=14, description="bands of the signature; one that agrees makes a candidate", gt=0)
+    rows: int = Field(default=8, description="hashes of a band", gt=0)
+
+    @property
+    def num_hashes(self) -> int:
+        """Length of a signature."""
+        return self.bands * self.rows
+
+
+def signature(text: str, config: MinHashConfig) -> np.ndarray:
+    """(bands · rows,) uint32: for each of as many hash functions the least value over the text's runs of words.
+
+    Two texts agree in a place with the probability of their Jaccard index. A text shorter than a run is one run.
+    """
+    words = word_hashes(tokens(text))
+    runs = np.unique(window_hashes(words, max(1, min(config.ngram, len(words)))))
+    if not runs.size:  # no word at all: only its own exact copy is the same
+        return np.frombuffer(identity(text) * (config.num_hashes // 4 + 1), dtype=np.uint32)[: config.num_hashes].copy()
+    multipliers, offsets = _functions(config.num_hashes)
+    # Multiply, add, shift (Dietzfelbinger 1996): the upper half of 64 bits is as good as a random function here.
+    return np.array([((runs * m + o) >> _HALF).min() for m, o in zip(multipliers, offsets, strict=True)], np.uint32)
+
+
+_HALF = np.uint64(32)
+
+
+def _functions(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same odd multipliers and offsets on every machine."""
+    drawn = np.random.PCG64(_SEED).random_raw(2 * count)
+    return drawn[:count] | np.uint64(1), drawn[count:]
+
+
+class NearDedup:
+    """Lets a text through unless one that went through before is nearly the same.
+
+    A candidate agrees in one band of its signature; it counts where the whole signatures agree in `threshold` of their
+    places. Texts that were dropped are not compared with, so a chain of small changes does not end in another text.
+    Memory: about 1.7 kB for each text kept with the default 14 bands of 8 hashes.
+    """
+
+    def __init__(self, config: MinHashConfig):
+        self.config = config
+        self._candidates: dict[int, int] = {}
+        self._kept = np.zeros((1024, config.num_hashes), dtype=np.uint32)
+        self._count = 0
+
+    def is_new(self, found: np.ndarray) -> bool:
+        """Whether no text with a similar `signature` came before; then it is remembered."""
+        bands = self._band_keys(found)
+        places = {place for band in bands if (place := self._candidates.get(band)) is not None}
+        agreed = self.config.threshold * self.config.num_hashes
+        if any(np.count_nonzero(self._kept[place] == found) >= agreed for place in places):
+            return False
+        for band in bands:
+            self._candidates.setdefault(band, self._count)
+        self._append(found)
+        return True
+
+    def _band_keys(self, found: np.ndarray) -> list[int]:
+        """One 64-bit number a band, of its hashes and its place."""
+        words = found.reshape(self.config.bands, self.config.rows).astype(np.uint64)
+        words = np.concatenate([np.arange(self.config.bands, dtype=np.uint64)[:, None], words], axis=1)
+        return [int(key) for key in np.concatenate([window_hashes(band, len(band)) for band in words])]
+
+    def _append(self, found: np.ndarray) -> None:
+        if self._count == len(self._kept):
+            self._kept = np.concatenate([self._kept, np.zeros_like(self._kept)])
+        self._kept[self._count] = found
+        self._count += 1
