@@ -15,10 +15,14 @@ from typing import Any
 from bloomery import config as configs
 from bloomery.config import Config
 from bloomery.data.procedural.arithmetic import ChainOptions, EquationOptions, chains, equations
+from bloomery.data.procedural.dates import CalendarOptions, calendars
 from bloomery.data.procedural.facts import RelationOptions, TableOptions, relations, tables
 from bloomery.data.procedural.gym import GymOptions, gym
+from bloomery.data.procedural.logic import KnightsOptions, VerdictOptions, knights, verdicts
 from bloomery.data.procedural.problem import Draft, Problem, Split, Style
 from bloomery.data.procedural.programs import ProgramOptions, programs
+from bloomery.data.procedural.relational import FamilyOptions, OrderOptions, families, orders
+from bloomery.data.procedural.schedule import ScheduleOptions, schedules
 from bloomery.data.procedural.strings import StringOptions, strings
 from bloomery.errors import ConfigError
 
@@ -42,6 +46,12 @@ TASKS: dict[str, Task] = {
     "program": Task("programs", ProgramOptions, programs, _MIXED),
     "table": Task("facts", TableOptions, tables, _MIXED),
     "relation": Task("facts", RelationOptions, relations, _MIXED),
+    "verdict": Task("logic", VerdictOptions, verdicts, _MIXED),
+    "knights": Task("logic", KnightsOptions, knights, _MIXED),
+    "family": Task("relational", FamilyOptions, families, _MIXED),
+    "order": Task("relational", OrderOptions, orders, _MIXED),
+    "calendar": Task("dates", CalendarOptions, calendars, _MIXED),
+    "schedule": Task("schedule", ScheduleOptions, schedules, _MIXED),
     "strings": Task("strings", StringOptions, strings, _MIXED),
     "gym": Task("gym", GymOptions, gym, _DIRECT),
 }
