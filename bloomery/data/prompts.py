@@ -17,8 +17,8 @@ from bloomery.errors import ArtifactError
 class Prompt:
     """One row of kind `prompts`, and its token ids up to where the assistant begins.
 
-    domain: what it is about, by its metadata, or else its source; form: `choice` or `open`, by its metadata or verifier;
-    options: how many there are to choose from, 0 where that is open or unknown.
+    domain: what it is about, by its metadata, or else its source; form: `choice` or `open`, by its metadata or
+    verifier; options: how many there are to choose from, 0 where that is open or unknown.
     """
 
     id: str
