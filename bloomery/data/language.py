@@ -72,6 +72,8 @@ def language(text: str) -> str:
     A word that several languages share counts for each of them in part; the winner must have 12 % of the words.
     """
     sample = text[:_SAMPLE_CHARACTERS]
+    if sample.isascii():
+        return _latin(sample.lower())
     counts = {name: len(pattern.findall(sample)) for name, pattern in _SCRIPTS.items()}
     letters = sum(counts.values())
     east = counts["han"] + counts["kana"]

@@ -10,7 +10,8 @@ import inspect
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import pyarrow as pa
 
 from bloomery.data.dataset import Row, check_chat, open_parquet, text_of
 from bloomery.data.document import Document, Drops
+from bloomery.data.pieces import MAX_LINE_BYTES, Part, Piece, files_in, lines_of, open_stream, split_stream
 from bloomery.errors import ArtifactError, ConfigError
 
 OnInvalid = Literal["drop", "error"]
@@ -53,49 +55,73 @@ class Invalid:
             self(where, "invalid UTF-8", f"byte {place} ({data[error.start]:#04x}) is not UTF-8")
             return None
 
+    def line(self, line: bytes | None, where: str, start: int) -> str | None:
+        """`text` of a line or another part of a file, where it was short enough to be read."""
+        if line is None:
+            limit = f"longer than {MAX_LINE_BYTES // 2**20} MiB"
+            self(where, limit, f"found a line {limit}")
+            return None
+        return self.text(line, where, start)
 
-def files_in(path: Path, pattern: str) -> list[Path]:
-    """`path` itself, or the files below it that match `pattern`, in name order. Raises `ArtifactError` for none."""
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise ArtifactError(f"{path}: no such file or folder")
-    found = sorted(file for file in path.glob(pattern) if file.is_file())
-    if not found:
-        raise ArtifactError(f"{path}: no file matches {pattern!r}; give another pattern")
-    return found
+
+@contextmanager
+def _readable(file: Path, invalid: Invalid) -> Iterator[None]:
+    """What a damaged file gives before its damage is used; the rest is counted, or an error."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from None
+        invalid(str(file), "damaged file", f"damaged: {error}")
 
 
 def read_text(path: Path, pattern: str, separator: str | None, invalid: Invalid) -> Iterator[Document]:
     """Text files: each is a document, or each part between `separator`s is."""
-    for file in files_in(path, pattern):
-        text = invalid.text(file.read_bytes(), str(file))
-        if text is None:
-            continue
-        for number, part in enumerate(text.split(separator) if separator else [text]):
-            yield Document(part, metadata={"file": file.name} | ({"part": number} if separator else {}))
+    return read_text_files(tuple(map(Piece, files_in(path, pattern))), separator, invalid)
+
+
+def read_text_files(part: Part, separator: str | None, invalid: Invalid) -> Iterator[Document]:
+    """`read_text` of some of the files."""
+    for piece in part:
+        file = piece.file
+        with _readable(file, invalid), open_stream(file) as stream:
+            if separator is None:
+                text = invalid.text(stream.read(), str(file))
+                if text is not None:
+                    yield Document(text, metadata={"file": file.name})
+                continue
+            for number, (place, found) in enumerate(split_stream(stream, separator.encode())):
+                text = invalid.line(found, f"{file}, part {number}", place)
+                if text is not None:
+                    yield Document(text, metadata={"file": file.name, "part": number})
 
 
 def read_jsonl(path: Path, pattern: str, invalid: Invalid) -> Iterator[Located]:
     """The objects of JSONL files, one a line; empty lines are passed over."""
-    for file in files_in(path, pattern):
-        start = 0
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                row = _json_object(line, f"{file}, line {number}", start, invalid) if line.strip() else None
-                start += len(line)
+    return read_jsonl_lines(tuple(map(Piece, files_in(path, pattern))), invalid)
+
+
+def read_jsonl_lines(part: Part, invalid: Invalid) -> Iterator[Located]:
+    """`read_jsonl` of some of the lines."""
+    for piece in part:
+        with _readable(piece.file, invalid):
+            for where, start, line in lines_of(piece):
+                row = _json_object(line, where, start, invalid)
                 if row is not None:
-                    yield f"{file}, line {number}", row
+                    yield where, row
 
 
-def _json_object(line: bytes, where: str, start: int, invalid: Invalid) -> Row | None:
-    text = invalid.text(line, where, start)
+def _json_object(line: bytes | None, where: str, start: int, invalid: Invalid) -> Row | None:
+    text = invalid.line(line, where, start)
     if text is None:
         return None
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         invalid(where, "invalid JSON", f"not JSON: {error.msg} at column {error.colno}")
+        return None
+    except RecursionError:
+        invalid(where, "invalid JSON", "JSON nested too deeply")
         return None
     if not isinstance(row, dict):
         invalid(where, "not a JSON object", f"found a JSON {type(row).__name__}, expected an object")
@@ -105,10 +131,31 @@ def _json_object(line: bytes, where: str, start: int, invalid: Invalid) -> Row |
 
 def read_parquet(path: Path, pattern: str, invalid: Invalid) -> Iterator[Located]:
     """The rows of Parquet files."""
-    for file in files_in(path, pattern):
-        number = 0
+    return read_parquet_groups(tuple(map(Piece, files_in(path, pattern))), invalid)
+
+
+def parquet_pieces(files: Iterable[Path], part_bytes: int) -> list[tuple[Piece, int]]:
+    """Row groups that together are about `part_bytes` long."""
+    pieces = []
+    for file in files:
         with open_parquet(file) as parquet:
-            for batch in parquet.iter_batches(_ROWS_PER_READ):
+            sizes = [parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups)]
+        start = 0
+        for stop in range(1, len(sizes) + 1):
+            if stop == len(sizes) or sum(sizes[start : stop + 1]) > part_bytes:
+                pieces.append((Piece(file, start, stop), sum(sizes[start:stop])))
+                start = stop
+    return pieces
+
+
+def read_parquet_groups(part: Part, invalid: Invalid) -> Iterator[Located]:
+    """`read_parquet` of some of the row groups."""
+    for piece in part:
+        file = piece.file
+        with open_parquet(file) as parquet:
+            groups = range(piece.start, parquet.num_row_groups if piece.stop is None else piece.stop)
+            number = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
+            for batch in parquet.iter_batches(_ROWS_PER_READ, list(groups)) if groups else ():
                 yield from _parquet_rows(batch, f"{file}, row {{}}", number, invalid)
                 number += len(batch)
 
@@ -129,26 +176,40 @@ def _one(batch: pa.RecordBatch, number: int, where: str, invalid: Invalid) -> It
         invalid(where, "invalid UTF-8", f"byte {error.start} of a string is not UTF-8")
 
 
-def read_hf(path: str, name: str | None, split: str, revision: str | None) -> Iterator[Located]:
-    """The rows of a split of a Hugging Face dataset: a local folder or a name on the hub. Raises `ArtifactError`."""
+def read_hf(
+    path: str, name: str | None, split: str, revision: str | None, shard: tuple[int, int] | None = None
+) -> Iterator[Located]:
+    """The rows of a split of a Hugging Face dataset, streamed: a local folder or a name on the hub.
+
+    shard: (number, of how many) of the shards that the dataset itself has; all where not given.
+    Raises `ArtifactError` where it cannot be loaded.
+    """
+    dataset, where = open_hf(path, name, split, revision), path
+    if shard is not None:
+        dataset, where = dataset.shard(shard[1], shard[0]), f"{path}, shard {shard[0]}"
+    for number, row in enumerate(dataset):
+        yield f"{where}, row {number}", dict(row)
+
+
+def open_hf(path: str, name: str | None, split: str, revision: str | None) -> Any:
+    """The streaming dataset of a split; `ArtifactError` where it cannot be loaded."""
     import datasets
 
     try:
-        dataset = datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
+        return datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: `datasets` cannot load it: {error}") from None
-    for number, row in enumerate(dataset):
-        yield f"{path}, row {number}", dict(row)
 
 
-def read_stdlib(part: Literal["sources", "docstrings"], invalid: Invalid) -> Iterator[Document]:
+def read_stdlib(
+    part: Literal["sources", "docstrings"], invalid: Invalid, files: Sequence[Path] | None = None
+) -> Iterator[Document]:
     """Python's own standard library: real code, or real prose about it, on any machine without network.
 
-    Its tests and installed packages are left out. Files come in the order of a hash of their names, so that the first
-    n are a fair sample; docstrings are one document each.
+    Docstrings are one document each. files: those of `stdlib_files` that are read; all where not given.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    for name in sorted(_modules(root), key=lambda name: hashlib.blake2b(name.as_posix().encode()).digest()):
+    for name in stdlib_files() if files is None else files:
         text = invalid.text((root / name).read_bytes(), str(root / name))
         if text is None:
             continue
@@ -159,6 +220,15 @@ def read_stdlib(part: Literal["sources", "docstrings"], invalid: Invalid) -> Ite
             yield from (
                 Document(f"{where}\n\n{doc}", metadata={"module": module}) for where, doc in _docs(text, module)
             )
+
+
+def stdlib_files() -> list[Path]:
+    """The library's Python files, relative to its folder, without its tests and installed packages.
+
+    They come in the order of a hash of their names, so that the first n are a fair sample.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted(_modules(root), key=lambda name: hashlib.blake2b(name.as_posix().encode()).digest())
 
 
 def _modules(root: Path) -> Iterator[Path]:

@@ -1,7 +1,8 @@
 """The settings of each kind of raw source, and the documents it gives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import field_validator
@@ -11,8 +12,12 @@ from bloomery.data import read
 from bloomery.data.dataset import text_of
 from bloomery.data.document import Document
 from bloomery.data.filters import FilterConfig
+from bloomery.data.pieces import Part, files_in, in_parts, line_pieces, whole_files
 from bloomery.data.procedural import Problem, generate
+from bloomery.data.qa_source import QAConfig, Questions
 from bloomery.errors import ConfigError
+
+_MODULES_PER_PART = 100
 
 
 class Source(Config, ABC):
@@ -32,9 +37,22 @@ class Source(Config, ABC):
         default="drop", description="input that cannot be read is dropped with a count, or an error"
     )
 
+    license: str | None = Field(default=None, description="licence of the texts, for the inventory")
+
     @abstractmethod
     def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
         """The source's documents, as rows of `kind`. Raises `ConfigError` where it cannot give that kind."""
+
+    def parts(self, part_bytes: int) -> Sequence[Any]:
+        """What can be read on its own, in order, each about `part_bytes` of input; by default there is only the whole.
+
+        How a source is cut never changes its documents.
+        """
+        return [None]
+
+    def documents_of(self, part: Any, kind: str, invalid: read.Invalid) -> Iterator[Document]:
+        """The documents of one of `parts`."""
+        return self.documents(kind, invalid)
 
     def _only_text(self, kind: str) -> None:
         if kind != "documents":
@@ -58,6 +76,15 @@ class TextSource(Source):
         self._only_text(kind)
         return read.read_text(self.path, self.pattern, self.separator, invalid)
 
+    def parts(self, part_bytes: int) -> Sequence[Part]:
+        """Whole files, small ones together."""
+        return in_parts(whole_files(files_in(self.path, self.pattern)), part_bytes)
+
+    def documents_of(self, part: Part, kind: str, invalid: read.Invalid) -> Iterator[Document]:
+        """Of some files."""
+        self._only_text(kind)
+        return read.read_text_files(part, self.separator, invalid)
+
 
 class RowSource(Source):
     """What sources with columns share."""
@@ -68,15 +95,41 @@ class RowSource(Source):
     verifier: str | None = Field(
         default=None, description="verifier of all rows, where they have no such column (prompts)"
     )
+    qa: QAConfig | None = Field(
+        default=None, description="the rows are questions, of multiple choice or open, and this says how they are read"
+    )
 
     @abstractmethod
     def rows(self, invalid: read.Invalid) -> Iterator[read.Located]:
         """The raw rows, each with its place."""
 
     def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
-        """The rows, their columns renamed and checked."""
+        """The rows, their columns renamed and checked; or the questions that they are."""
+        if self.qa is not None:
+            return Questions(self.rows(invalid), self.qa, self.columns, self.name, invalid).documents(kind)
+        return self._to_documents(self.rows(invalid), kind, invalid)
+
+    def parts(self, part_bytes: int) -> Sequence[Any]:
+        """Some rows at a time; questions are read as a whole, because their filters look at all of them."""
+        return [None] if self.qa is not None else self.row_parts(part_bytes)
+
+    def row_parts(self, part_bytes: int) -> Sequence[Any]:
+        """What `rows_of` can read on its own."""
+        return [None]
+
+    def rows_of(self, part: Any, invalid: read.Invalid) -> Iterator[read.Located]:
+        """The raw rows of one of `row_parts`."""
+        return self.rows(invalid)
+
+    def documents_of(self, part: Any, kind: str, invalid: read.Invalid) -> Iterator[Document]:
+        """Of some rows."""
+        if part is None:
+            return self.documents(kind, invalid)
+        return self._to_documents(self.rows_of(part, invalid), kind, invalid)
+
+    def _to_documents(self, rows: Iterator[read.Located], kind: str, invalid: read.Invalid) -> Iterator[Document]:
         constants = {} if self.verifier is None else {"verifier": self.verifier}
-        return read.to_documents(self.rows(invalid), kind, self.columns, constants, invalid)
+        return read.to_documents(rows, kind, self.columns, constants, invalid)
 
 
 class JsonlSource(RowSource):
@@ -90,6 +143,14 @@ class JsonlSource(RowSource):
         """One row a line."""
         return read.read_jsonl(self.path, self.pattern, invalid)
 
+    def row_parts(self, part_bytes: int) -> Sequence[Part]:
+        """Stretches of lines."""
+        return in_parts(line_pieces(files_in(self.path, self.pattern), part_bytes), part_bytes)
+
+    def rows_of(self, part: Part, invalid: read.Invalid) -> Iterator[read.Located]:
+        """Of some lines."""
+        return read.read_jsonl_lines(part, invalid)
+
 
 class ParquetSource(RowSource):
     """Parquet files."""
@@ -101,6 +162,14 @@ class ParquetSource(RowSource):
     def rows(self, invalid: read.Invalid) -> Iterator[read.Located]:
         """The rows of all files."""
         return read.read_parquet(self.path, self.pattern, invalid)
+
+    def row_parts(self, part_bytes: int) -> Sequence[Part]:
+        """Row groups."""
+        return in_parts(read.parquet_pieces(files_in(self.path, self.pattern), part_bytes), part_bytes)
+
+    def rows_of(self, part: Part, invalid: read.Invalid) -> Iterator[read.Located]:
+        """Of some row groups."""
+        return read.read_parquet_groups(part, invalid)
 
 
 class HfSource(RowSource):
@@ -118,6 +187,15 @@ class HfSource(RowSource):
         """The rows of the split, streamed."""
         return read.read_hf(self.path, self.config_name, self.split, self.revision)
 
+    def row_parts(self, part_bytes: int) -> Sequence[tuple[int, int]]:
+        """The dataset's own shards, (number, of how many)."""
+        shards = read.open_hf(self.path, self.config_name, self.split, self.revision).num_shards
+        return [(number, shards) for number in range(shards)]
+
+    def rows_of(self, part: tuple[int, int], invalid: read.Invalid) -> Iterator[read.Located]:
+        """Of one shard."""
+        return read.read_hf(self.path, self.config_name, self.split, self.revision, part)
+
 
 class StdlibSource(Source):
     """The Python standard library."""
@@ -131,6 +209,16 @@ class StdlibSource(Source):
         """Modules or docstrings."""
         self._only_text(kind)
         return read.read_stdlib(self.part, invalid)
+
+    def parts(self, part_bytes: int) -> Sequence[Sequence[Path]]:
+        """Some modules at a time."""
+        files = read.stdlib_files()
+        return [files[start : start + _MODULES_PER_PART] for start in range(0, len(files), _MODULES_PER_PART)]
+
+    def documents_of(self, part: Sequence[Path], kind: str, invalid: read.Invalid) -> Iterator[Document]:
+        """Of some modules."""
+        self._only_text(kind)
+        return read.read_stdlib(self.part, invalid, part)
 
 
 class ProceduralSource(Source):
