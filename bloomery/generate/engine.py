@@ -1,10 +1,8 @@
 """Continuous batching: many requests through one model, each row refilled as soon as it ends."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-
-from torch import Tensor
 
 from bloomery.errors import ConfigError
 from bloomery.generate.batch import Batch
@@ -13,7 +11,7 @@ from bloomery.generate.prefix import PrefixCache
 from bloomery.generate.queue import Queue
 from bloomery.generate.request import Completion, Prompt, Request, Update, Waiting, problem_of
 from bloomery.generate.stopping import Decode
-from bloomery.generate.weights import copy_weights, fingerprint
+from bloomery.generate.weights import Weights, copy_weights, fingerprint
 from bloomery.model.captured import prepared
 from bloomery.model.decoder import Decoder
 from bloomery.model.state import DecodeState
@@ -142,11 +140,11 @@ class Engine:
         """End a request without a completion and free its place; nothing when it has ended already."""
         self._drop({ticket})
 
-    def sync(self, weights: Mapping[str, Tensor] | None = None) -> None:
+    def sync(self, weights: Weights | None = None) -> None:
         """Say that the weights have changed: what was computed with the old ones is dropped.
 
-        `weights` (names as in `model.state_dict()`) are copied into the model first, in place. Sequences that run end
-        with `abort`; requests that wait run with the new weights.
+        `weights` (names as in `model.state_dict()`) are copied into the model first, in place; as pairs, one after
+        another. Sequences that run end with `abort`; requests that wait run with the new weights.
         """
         if weights is not None:
             copy_weights(self.model, weights)

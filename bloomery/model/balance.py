@@ -26,7 +26,7 @@ Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
 
 
 class BalanceConfig(Config):
-    """How the load of experts is kept even; without effect on a model that has none."""
+    """How the load of experts is kept even; refused for a model that has none."""
 
     kind: Literal["batch", "sequence", "global"] = Field(
         default="batch",
@@ -190,8 +190,12 @@ def balancings(model: nn.Module) -> list[Balancing]:
 
 
 def install(model: nn.Module, config: BalanceConfig) -> None:
-    """Balance all layers with experts by `config`. Raises `ConfigError` for a bias that no router has."""
-    for each in balancings(model):
+    """Balance all layers with experts by `config`. Raises `ConfigError` for a bias that no router has, and for settings
+    of a model without experts."""
+    layers = balancings(model)
+    if not layers and config != BalanceConfig():
+        raise ConfigError("balance: without effect, the model has no layer with experts; leave it out")
+    for each in layers:
         if config.bias_rate and each.gate.e_score_correction_bias is None:
             raise ConfigError(
                 f"balance.bias_rate: {config.bias_rate:g}, but the model's softmax router has no selection bias; "
@@ -200,15 +204,20 @@ def install(model: nn.Module, config: BalanceConfig) -> None:
         each.config = config
 
 
-def weigh(model: nn.Module, labelled: Tensor, counted: Tensor | None = None) -> None:
+def weigh(
+    model: nn.Module, labelled: Tensor, counted: Tensor | None = None, label_weight: Tensor | None = None
+) -> None:
     """To be called before the forward pass of a micro-batch whose loss is a sum over labels.
 
     The terms of that pass get the weight of its labels, so that they are means like the loss. labelled: (batch, seq)
     bool, this process's part; counted: (batch, seq) bool, the tokens that are no padding; `None` for all.
+    label_weight: (1,), what a label weighs where the loss is divided by something else than their number.
     """
     layers = balancings(model)
     if layers:
         own = labelled.sum(-1)
+        if label_weight is not None:
+            own = own * label_weight.double()
         mask = None if counted is None else counted.flatten()[:, None]
         labels = Labels(layers[0].total(own.clone()), own, mask)
         for each in layers:
@@ -273,7 +282,8 @@ def _mean(values: Tensor, labels: Labels | None) -> Tensor:
     if len(values) == 1 or labels is None:
         return values.mean()
     weights = labels.all.to(values.dtype)
-    return (values * weights).sum() / weights.sum().clamp(min=1)
+    total = weights.sum()
+    return (values * weights).sum() / total.where(total > 0, torch.ones_like(total))
 
 
 def _alone(x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class Chunk(nn.Module):
         batch = next(self._waiting)
         ids = batch["input_ids"]
         if torch.is_grad_enabled():
-            balance.weigh(self, batch["labels"] != IGNORE, batch.get("counted"))
+            balance.weigh(self, batch["labels"] != IGNORE, batch.get("counted"), batch.get("label_weight"))
         context = self._model[0].context(ids, batch.get("segment_ids"), batch.get("position_ids"), None, None)
         hidden = self.embeddings(ids) if self.first else x[: ids.shape[0], : ids.shape[1]]
         for layer in self.layers:

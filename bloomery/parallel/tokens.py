@@ -23,7 +23,7 @@ def split(batch: Batch, meshes: Meshes, kind: Kind = "zigzag") -> Batch:
 
     `position_ids` are counted here where they are absent, for a rank's tokens no longer tell. A seq that cannot be cut
     evenly is padded at its end, with masked labels, as a document of its own; `counted` (batch, seq) bool then marks
-    the tokens that are no padding, for the router's statistics.
+    the tokens that are no padding, for the router's statistics; a batch's own has none of them either.
     """
     ids = batch["input_ids"]
     rows, seq = ids.shape
@@ -38,12 +38,13 @@ def split(batch: Batch, meshes: Meshes, kind: Kind = "zigzag") -> Batch:
 
 def join(parts: list[Tensor], meshes: Meshes, kind: Kind = "zigzag") -> Tensor:
     """(batch, seq, …) of one data rank, from those of its ranks along (context, tensor), in that order."""
-    layout = Layout(sum(part.shape[1] for part in parts), meshes.size("context"), kind)
-    return layout.in_order(torch.cat(parts, 1), 1)
+    whole, ranks = torch.cat(parts, 1), meshes.size("context")
+    return whole if ranks == 1 else Layout(whole.shape[1], ranks, kind).in_order(whole, 1)
 
 
 def _places(seq: int, meshes: Meshes, kind: Kind) -> Tensor:
-    held = Layout(seq, meshes.size("context"), kind).index(meshes.place("context"))
+    ranks = meshes.size("context")
+    held = torch.arange(seq) if ranks == 1 else Layout(seq, ranks, kind).index(meshes.place("context"))
     return held.chunk(meshes.size("tensor"))[meshes.place("tensor")]
 
 
@@ -56,7 +57,8 @@ def _padded(batch: Batch, whole: int) -> Batch:
         found[name] = F.pad(x, missing, value=fill.get(name, 0)) if _has_tokens(x, seq) else x
     if "segment_ids" in batch:
         found["segment_ids"][:, seq:] = batch["segment_ids"][:, -1:] + 1
-    found["counted"] = (torch.arange(whole, device=batch["input_ids"].device) < seq).expand(rows, whole)
+    if "counted" not in batch:
+        found["counted"] = (torch.arange(whole, device=batch["input_ids"].device) < seq).expand(rows, whole)
     return found
 
 

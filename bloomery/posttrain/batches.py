@@ -47,7 +47,8 @@ def micro_batches(
     """The micro-batches of one optimizer step: rows of like length together, at most `micro_batch_size` of them.
 
     Beside the keys of every batch: `advantages` (batch,), `generator_logprobs` (batch, seq), `row_weights` (batch,)
-    that multiply each token's loss, and `loss_weight` (1,): this micro-batch's part of the step's denominator.
+    that multiply each token's loss, and `loss_weight` (1,): this micro-batch's part of the step's denominator;
+    `counted` (batch, seq) bool: what is no padding; `label_weight` (1,): the denominator over the step's learnt tokens.
     A sample without verdict, one left alone in its group and, with `overlong.filter`, one cut off is masked: it is
     neither trained on nor counted. A sample with advantage 0 is counted, unless `active_only`, and, unless `keep_all`,
     not computed: its gradient is zero.
@@ -65,8 +66,10 @@ def micro_batches(
     places = chosen.flatten().nonzero().flatten().tolist()
     rows = [Row(rollouts.samples[i], values.flatten()[i].item(), weights[i].item()) for i in places]
     batches = [_to_batch(part, pad_id) for part in split_by_length(rows, micro_batch_size)]
+    learnt = sum(row.sample.tokens for row in rows)
     for batch in batches:
         batch["loss_weight"] = parts.sum(dtype=torch.float32)[None] / len(batches)
+        batch["label_weight"] = parts.sum(dtype=torch.float32)[None] / learnt
     return batches
 
 
@@ -95,15 +98,16 @@ def _to_batch(rows: Sequence[Row], pad_id: int) -> Batch:
     """Right-padded; what is learnt is marked by lengths, never by a token's value."""
     shape = (len(rows), max(row.length for row in rows))
     input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    logprobs = torch.zeros(shape)
+    logprobs, counted = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         completion, start = row.sample.completion, len(row.sample.prompt.ids) - 1
         assert completion.logprobs is not None, "training needs the generator's log-probabilities"
         input_ids[i, : row.length] = torch.tensor([*row.sample.prompt.ids, *completion.token_ids[:-1]])
         labels[i, start : row.length] = torch.tensor(completion.token_ids)
         logprobs[i, start : row.length] = torch.tensor(completion.logprobs)
+        counted[i, : row.length] = True
     return {
-        "input_ids": input_ids, "labels": labels, "generator_logprobs": logprobs,
+        "input_ids": input_ids, "labels": labels, "counted": counted, "generator_logprobs": logprobs,
         "advantages": _column(row.advantage for row in rows), "row_weights": _column(row.weight for row in rows),
     }  # fmt: skip
 

@@ -4,6 +4,7 @@ Group-relative policy optimisation (Shao et al., arXiv 2402.03300) as used stric
 (arXiv 2505.16400, eq. 2-4), with the variants of DAPO (arXiv 2503.14476) and Dr. GRPO (arXiv 2503.20783).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -88,8 +89,9 @@ def is_clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: 
 
 
 def mismatch_weights(
-    old_logprobs: Tensor, generated: Tensor, mask: Tensor, kind: Mismatch, low: float = 0.5, high: float = 2.0
-) -> Tensor:
+    old_logprobs: Tensor, generated: Tensor, mask: Tensor, kind: Mismatch, low: float = 0.5, high: float = 2.0,
+    total: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Tensor:  # fmt: skip
     """Weight of each token's loss where the generator is not exactly the policy: w = π_old / π_generator, no gradient.
 
     All (batch, seq); 0 outside `mask`. In any kind log w is kept within ±20.
@@ -97,6 +99,8 @@ def mismatch_weights(
     - `mask`: w where low ≤ w ≤ high, else 0.
     - `seq_mask`: w where low ≤ exp(mean over the completion of log w) ≤ high, else 0 for all of it.
     - `seq_trunc`: min(exp(sum over the completion of log w), high), for all of it.
+
+    total: sums (batch, 1) over the processes that hold other tokens of the same completions.
     """
     gap = log_ratio(old_logprobs, generated).detach().masked_fill(~mask, 0.0)
     weights = gap.exp()
@@ -105,10 +109,11 @@ def mismatch_weights(
     elif kind == "mask":
         weights = weights * ((weights >= low) & (weights <= high))
     elif kind == "seq_mask":
-        mean = (gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+        tokens = total(mask.sum(-1, keepdim=True)).clamp(min=1)
+        mean = (total(gap.sum(-1, keepdim=True)) / tokens).exp()
         weights = weights * ((mean >= low) & (mean <= high))
     else:
-        product = gap.sum(-1, keepdim=True).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+        product = total(gap.sum(-1, keepdim=True)).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
         weights = product.clamp(max=high).expand_as(gap)
     return weights * mask
 

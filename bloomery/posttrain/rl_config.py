@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import model_validator
 
 from bloomery.config import RUN_ONLY, Config, DatasetDir, Field, ModelDir, RawPath
+from bloomery.parallel.settings import ParallelConfig
 from bloomery.posttrain.objectives import Aggregation, Baseline, Mismatch, Scale
 from bloomery.train.loop import LoopConfig
 
@@ -102,6 +103,11 @@ class EngineGenerator(Config):
     """Completions by the engine in this process: the default."""
 
     type: Literal["engine"] = "engine"
+    deterministic: bool = Field(
+        default=False, json_schema_extra=RUN_ONLY,
+        description="same tokens and log-probabilities to the bit whatever else is decoded beside them, so on any "
+        "number of ranks (on a CPU); slower. Otherwise the same up to rounding",
+    )  # fmt: skip
 
 
 class EndpointGenerator(Config):
@@ -184,8 +190,13 @@ class RLConfig(Config):
     )
     seed: int = Field(default=0, description="seed of the order of prompts and of the sampling")
     generator: AnyGenerator = Field(default=EngineGenerator(), description="what writes the completions")
-    max_batch: int = Field(default=256, gt=0, description="sequences decoded at a time", json_schema_extra=RUN_ONLY)
-    workers: int = Field(default=2, gt=0, description="processes that judge", json_schema_extra=RUN_ONLY)
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), json_schema_extra=RUN_ONLY, description="how the work is spread over ranks"
+    )
+    max_batch: int = Field(
+        default=256, gt=0, description="sequences decoded at a time, on each rank", json_schema_extra=RUN_ONLY
+    )
+    workers: int = Field(default=2, gt=0, description="processes that judge, on each rank", json_schema_extra=RUN_ONLY)
     verify_on: Literal["local", "ray"] = Field(
         default="local", description="where they run: on this machine, or on a Ray cluster (extra ray)",
         json_schema_extra=RUN_ONLY,
@@ -234,6 +245,15 @@ class RLConfig(Config):
         asks_rates = any(phase.above is not None or phase.at_most < 1 for phase in self.phases)
         if self.rollouts is not None and not asks_rates:
             raise ValueError("rollouts: without effect, no phase asks for pass rates; set above or at_most in a phase")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_dropped(self) -> Self:
+        if self.loop.balance.capacity_factor is not None:
+            raise ValueError(
+                "loop.balance.capacity_factor: the generator drops no token, so the policy that writes would not be "
+                "the one that learns; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

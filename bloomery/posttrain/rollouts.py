@@ -17,6 +17,7 @@ from torch import Tensor
 from bloomery.data.prompts import Prompt
 from bloomery.generate import Completion, Request, SamplingParams, derive_seed
 from bloomery.posttrain.objectives import degenerate
+from bloomery.posttrain.ranks import Ranks
 from bloomery.verify import Verdict
 
 
@@ -149,21 +150,26 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def roll_out(
     source: Source, judge: Judge, prompts: Sequence[Prompt], group_size: int, params: SamplingParams,
-    seed: Sequence[int | str],
+    seed: Sequence[int | str], ranks: Ranks | None = None,
 ) -> Rollouts:  # fmt: skip
     """Sample `group_size` completions of each prompt; each is judged while others are still being written.
 
     A sample's seed is derived from (*seed, position of its prompt, its number): the same call writes the same text.
     A bug of a verifier is raised as soon as the next completion is there, and the rest is not written.
+    ranks: those that share the work; every rank returns all samples.
     """
+    ranks = ranks or Ranks()
+    own = ranks.share(len(prompts) * group_size)
     requests = [
-        Request(prompt.ids, params.model_copy(update={"seed": derive_seed(*seed, position, number)}))
-        for position, prompt in enumerate(prompts)
-        for number in range(group_size)
-    ]
+        Request(prompts[i // group_size].ids, params.model_copy(
+            update={"seed": derive_seed(*seed, i // group_size, i % group_size)}
+        ))
+        for i in own
+    ]  # fmt: skip
     clock = _Clock()
     pending: dict[int, tuple[Completion, Future[Verdict]]] = {}
-    for index, completion in source.stream(requests):
+    for place, completion in source.stream(requests):
+        index = own[place]
         prompt = prompts[index // group_size]
         assert completion.text is not None, "the generator needs a decode function to be judged"
         future = judge.submit(prompt.verifier, completion.text, prompt.answer)
@@ -171,12 +177,17 @@ def roll_out(
         pending[index] = completion, future
         clock.raise_bug()
     clock.written()
-    samples = [
-        Sample(prompts[index // group_size], completion, verdict.result())
-        for index, (completion, verdict) in sorted(pending.items())
-    ]
+    judged = [(completion, verdict.result()) for _, (completion, verdict) in sorted(pending.items())]
+    everyone = ranks.gather((judged, clock.seconds()))
+    found = [pair for pairs, _ in everyone for pair in pairs]
+    samples = [Sample(prompts[i // group_size], *pair) for i, pair in enumerate(found)]
     groups = [samples[start : start + group_size] for start in range(0, len(samples), group_size)]
-    return Rollouts(groups, clock.seconds())
+    return Rollouts(groups, _slowest([seconds for _, seconds in everyone]))
+
+
+def _slowest(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of all ranks, which wait for one another."""
+    return {name: max(each[name] for each in seconds) for name in seconds[0]}
 
 
 class _Clock:
@@ -215,7 +226,7 @@ class _Clock:
         now, waits = time.perf_counter(), sorted(self._done) or [0.0]
         return {
             "decode_seconds": self._written - self._start,
-            "reward_seconds": now - self._submitted[0],
+            "reward_seconds": now - (self._submitted or [now])[0],
             "reward_wait_seconds": now - self._written,
             "verdict_p50_seconds": waits[len(waits) // 2],
             "verdict_p99_seconds": waits[min(len(waits) - 1, len(waits) * 99 // 100)],

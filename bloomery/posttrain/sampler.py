@@ -10,6 +10,7 @@ from bloomery.errors import ArtifactError, DivergenceError
 from bloomery.generate import SamplingParams
 from bloomery.posttrain.curriculum import Curriculum
 from bloomery.posttrain.generators import Generator
+from bloomery.posttrain.ranks import Ranks
 from bloomery.posttrain.rl_config import RLConfig, Sampling
 from bloomery.posttrain.rollouts import Group, Rollouts, roll_out
 from bloomery.posttrain.tripwires import Canaries, Watch, check_rollouts
@@ -33,9 +34,10 @@ class Sampler:
     """
 
     def __init__(
-        self, generator: Generator, pool: Pool, curriculum: Curriculum, stop_token_ids: Sequence[int], config: RLConfig
-    ):
-        self.generator, self.pool, self.curriculum, self.config = generator, pool, curriculum, config
+        self, generator: Generator, pool: Pool, curriculum: Curriculum, stop_token_ids: Sequence[int], config: RLConfig,
+        ranks: Ranks,
+    ):  # fmt: skip
+        self.ranks, self.generator, self.pool, self.curriculum, self.config = ranks, generator, pool, curriculum, config
         self._stop, self.watch = tuple(stop_token_ids), Watch(config.tripwires)
         self.latest: Rollouts | None = None
 
@@ -67,9 +69,10 @@ class Sampler:
             max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, stop_token_ids=self._stop
         )
         canaries = Canaries(self.pool, prompts, config.tripwires.canaries, config.require_think)
-        rollouts = roll_out(self.generator, self.pool, prompts, sampling.group_size, params, (config.seed, first))
+        seed = (config.seed, first)
+        rollouts = roll_out(self.generator, self.pool, prompts, sampling.group_size, params, seed, self.ranks)
         self.latest = rollouts
-        canaries.check()
+        self.ranks.together(canaries.check)
         check_rollouts(rollouts, config.tripwires, self.generator.weight_version)
         flat = 1 - len(rollouts.mixed()) / len(rollouts.groups)
         self.watch.see({"degenerate": flat, "truncated": rollouts.metrics()["truncated"]}, progress)
@@ -121,17 +124,21 @@ def distinct(prompts: Sequence[Prompt], drops: Drops) -> list[Prompt]:
     return kept
 
 
-def winnable(prompts: Sequence[Prompt], pool: Pool, require_think: bool, drops: Drops) -> list[Prompt]:
+def winnable(
+    prompts: Sequence[Prompt], pool: Pool, require_think: bool, drops: Drops, ranks: Ranks | None = None
+) -> list[Prompt]:
     """Prompts whose own answer is judged right; any other could only ever punish, and is counted in `drops`.
 
     One that does not hold a whole answer, such as tests without a reference program, stays. Raises `ArtifactError` when
-    none is left.
+    none is left. ranks: those that share the work; all get the same.
     """
+    ranks = ranks or Ranks()
     thought = "</think>" if require_think else ""
     known = [prompt for prompt in prompts if has_echo(prompt.verifier, prompt.answer)]
-    items = [(p.verifier, thought + echo(p.verifier, p.answer), p.answer) for p in known]
+    own = [known[i] for i in ranks.share(len(known))]
+    verdicts = pool.judge_all((p.verifier, thought + echo(p.verifier, p.answer), p.answer) for p in own)
     refused = set()
-    for prompt, verdict in zip(known, pool.judge_all(items), strict=True):
+    for prompt, verdict in zip(known, [one for some in ranks.gather(verdicts) for one in some], strict=True):
         if verdict.status != "correct":
             refused.add(id(prompt))
             drops.add(f"its own answer is judged {verdict.status}", prompt.id)

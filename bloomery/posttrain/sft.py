@@ -152,7 +152,8 @@ def check(config: SFTConfig) -> dict[str, Any]:
         start = open_model(config.model)
         data = _load_data(config, start)
     except ArtifactError as error:
-        return {"steps": config.loop.max_steps, "inputs": str(error)}
+        ranks = rank_sizes(None, config.parallel, config.loop)
+        return {"steps": config.loop.max_steps, **ranks, "inputs": str(error)}
     epochs = data.training.epoch(config.loop.max_steps * config.loop.batch_size)
     shown = marked(start.tokenizer, data.training.batch(0, 1))
     in_fp8 = what_runs_in_fp8(start.config, config.loop, default_device())

@@ -33,9 +33,10 @@ from bloomery.train.model_folder import placed
 from bloomery.train.optim import adamw
 
 
-def spread(model: Decoder, settings: ParallelConfig, loop: LoopConfig, seq_len: int) -> TrainState:
+def spread(model: Decoder, settings: ParallelConfig, loop: LoopConfig, seq_len: int | None) -> TrainState:
     """What this rank trains, with a fresh optimizer. All ranks call it with the same weights.
 
+    seq_len: of every row; `None` where rows differ and are padded to what the degrees need.
     Raises `ConfigError` naming the degree that fits neither the ranks nor the model nor the batch.
     """
     balance.install(model, loop.balance)
@@ -46,20 +47,25 @@ def spread(model: Decoder, settings: ParallelConfig, loop: LoopConfig, seq_len: 
         if loop.balance.capacity_factor is not None:
             apply_experts(model, Meshes.create(Mapping()))
         return TrainState(model, adamw(model, loop))
-    mapping = settings.mapping()
-    mapping.check_model(model.config, seq_len, "parallel")
-    check_modes(model.config, settings.across, mapping.context, mapping.tensor, "parallel.across")
-    rows_of_a_rank(loop, mapping.data)
-    say(f"parallel: {describe(mapping)} over {world().size} ranks")
-    parallel = parallelize(placed(model), mapping, settings.across, settings.dispatcher)
+    rows_of_a_rank(loop, settings.mapping().data)
+    parallel = shared(model, settings, seq_len)
+    say(f"parallel: {describe(parallel.mapping)} over {world().size} ranks")
     return TrainState(parallel.model, adamw(parallel.model, loop), parallel=parallel)
 
 
+def shared(model: Decoder, settings: ParallelConfig, seq_len: int | None = None) -> Parallel:
+    """A model shared by all ranks of the run, to be trained or only to be asked. Raises as `spread` does."""
+    mapping = settings.mapping()
+    mapping.check_model(model.config, seq_len, "parallel")
+    check_modes(model.config, settings.across, mapping.context, mapping.tensor, "parallel.across")
+    return parallelize(placed(model), mapping, settings.across, settings.dispatcher)
+
+
 def rank_sizes(
-    model: ModelConfig, settings: ParallelConfig, loop: LoopConfig, seq_len: int | None = None
+    model: ModelConfig | None, settings: ParallelConfig, loop: LoopConfig, seq_len: int | None = None
 ) -> dict[str, Any]:
-    """For `bloomery check`: the mapping and the memory of a rank, activations where `seq_len` is known; raises what
-    `spread` would. Empty for one process.
+    """For `bloomery check`: the mapping and, of a model that is known, the memory of a rank, activations where
+    `seq_len` is known; raises what `spread` would. Empty for one process.
 
     Outside of torchrun, of the fewest ranks that the degrees fill.
     """
@@ -67,11 +73,13 @@ def rank_sizes(
     if ranks == 1:
         return {}
     mapping = settings.mapping(ranks)
+    _, micro = rows_of_a_rank(loop, mapping.data)
+    found: dict[str, Any] = {"mapping": f"{describe(mapping)}: {ranks} ranks"}
+    if model is None:
+        return found
     mapping.check_model(model, seq_len, "parallel")
     check_modes(model, settings.across, mapping.context, mapping.tensor, "parallel.across")
-    _, micro = rows_of_a_rank(loop, mapping.data)
-    state = rank_state_bytes(model, mapping, seq_len or model.max_position_embeddings)
-    found = {"mapping": f"{describe(mapping)}: {ranks} ranks", "rank_state_bytes": state}
+    found["rank_state_bytes"] = rank_state_bytes(model, mapping, seq_len or model.max_position_embeddings)
     if seq_len is not None:
         shared = mapping.context * mapping.tensor * mapping.pipeline
         recompute = loop.activation_checkpointing or mapping.recompute
