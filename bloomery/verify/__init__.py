@@ -9,7 +9,11 @@ from bloomery.verify.canaries import echo, self_test
 from bloomery.verify.deferred import Deferred
 from bloomery.verify.pool import Pool, judge
 from bloomery.verify.ray_pool import open_pool
+from bloomery.verify.reward import Reward, form_of
 from bloomery.verify.verdict import Status, Verdict
-from bloomery.verify.verifiers import VERIFIERS
+from bloomery.verify.verifiers import ANSWER_FORMS, VERIFIERS, for_form
 
-__all__ = ["VERIFIERS", "Deferred", "Pool", "Status", "Verdict", "echo", "judge", "open_pool", "self_test"]
+__all__ = [
+    "ANSWER_FORMS", "VERIFIERS", "Deferred", "Pool", "Reward", "Status", "Verdict", "echo", "for_form", "form_of",
+    "judge", "open_pool", "self_test",
+]  # fmt: skip

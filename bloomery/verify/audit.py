@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from bloomery.errors import ArtifactError
-from bloomery.verify.canaries import echo
+from bloomery.verify.canaries import echo, stated
 from bloomery.verify.numbers import read_number
 from bloomery.verify.pool import Pool
 from bloomery.verify.verdict import Verdict
@@ -169,13 +169,20 @@ def canaries(item: Item) -> Iterator[Case]:
     yield Case(item, "question echo", rf"\boxed{{{item.question}}}", right=False)
     if formulas := _FORMULA.findall(item.question):
         yield Case(item, "formula echo", rf"\boxed{{{formulas[-1]}}}", right=False)
-    yield from (Case(item, kind, text, right) for kind, text, right in _rewritten(item))
+    if gold:
+        yield from (Case(item, kind, text, right) for kind, text, right in _rewritten(item))
 
 
 def _gold(item: Item) -> str:
     try:
         return echo(item.verifier, item.answer)
-    except (ValueError, KeyError, TypeError, AttributeError):  # no JSON of the right form: the verifier says so itself
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArtifactError,
+    ):  # no JSON of the right form: the verifier says so itself
         return ""
 
 
@@ -190,10 +197,12 @@ def _rewritten(item: Item) -> Iterator[tuple[str, str, bool]]:
             above, below = number.value.numerator, number.value.denominator
             yield "as a fraction", rf"\boxed{{\frac{{{above}}}{{{below}}}}}", True
             yield "one off", rf"\boxed{{\frac{{{above + below}}}{{{below}}}}}", False
-    elif item.verifier == "choice":
-        yield "spaced gold", rf"\boxed{{ ({gold[:1]}) }}", True
-    elif item.verifier == "exact":
-        yield "spaced gold", rf"\boxed{{ {gold.upper()}. }}", True
+    elif item.verifier in ("choice", "label"):
+        yield "spaced gold", rf"\boxed{{ ({stated(item.verifier, gold)[:1]}) }}", True
+        yield "two labels", r"\boxed{A or B}", False
+        yield "all labels", r"\boxed{ABCDEFGHIJ}", False
+    elif item.verifier in ("exact", "short"):
+        yield "spaced gold", rf"\boxed{{ {stated(item.verifier, gold).upper()}. }}", True
 
 
 def _other(gold: str) -> str:

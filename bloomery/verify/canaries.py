@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 
 from bloomery.errors import BloomeryError
+from bloomery.verify import choice, short
 from bloomery.verify.pool import judge
 from bloomery.verify.verdict import Status
 from bloomery.verify.verifiers import VERIFIERS, lookup
@@ -30,11 +31,23 @@ CANARIES: dict[str, tuple[tuple[str, str, Status], ...]] = {
     "choice": ((r"\boxed{B}", "B", "correct"), (r"\boxed{A or B}", "B", "wrong"), ("", "B", "no_answer")),
     "exact": ((r"\boxed{Ann}", "Ann", "correct"), (r"\boxed{Ann or Bob}", "Ann", "wrong"), ("", "Ann", "no_answer")),
     "format": ((r"\boxed{1}", "", "correct"), (r"\boxed{1} and", "", "wrong"), ("", "", "no_answer")),
+    "label": (
+        (r"\boxed{(B)}", "B", "correct"),
+        (r"\boxed{A or B}", "B", "wrong"),
+        (r"\boxed{ABCD}", '{"label": "B", "options": 4}', "wrong"),
+        ("", "B", "no_answer"),
+    ),
     "program": (
         (_fenced("def f(x):\n    return x + x\n"), _DOUBLE, "correct"),
         (_fenced("def f(x):\n    return x * x\n"), _DOUBLE, "wrong"),
         (_fenced("class Right:\n    __eq__ = lambda *_: True\ndef f(x):\n    return Right()\n"), _DOUBLE, "wrong"),
         ("", _DOUBLE, "no_answer"),
+    ),
+    "short": (
+        (r"\boxed{the Eiffel Tower.}", "Eiffel tower", "correct"),
+        (r"\boxed{twelve kg}", "12 kilograms", "correct"),
+        (r"\boxed{Paris, Rome or Bonn}", "Rome", "wrong"),
+        ("", "Rome", "no_answer"),
     ),
     "gym": ((r"\boxed{6}", _GCD, "correct"), (r"\boxed{6 or 66}", _GCD, "wrong"), ("", _GCD, "no_answer")),
 }
@@ -71,5 +84,13 @@ def echo(verifier: str, answer: str) -> str:
     """
     if verifier == "program":
         return _fenced(json.loads(answer).get("reference", ""))
-    text = json.loads(answer)["entry"]["answer"] if verifier == "gym" else answer
-    return rf"\boxed{{{text}}}"
+    return rf"\boxed{{{stated(verifier, answer)}}}"
+
+
+def stated(verifier: str, answer: str) -> str:
+    """The gold answer as a model would write it, where the column `answer` holds more."""
+    if verifier == "gym":
+        return json.loads(answer)["entry"]["answer"]
+    if verifier == "label":
+        return choice.read_gold(answer).label
+    return short.read_gold(answer).texts[0] if verifier == "short" else answer

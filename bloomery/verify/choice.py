@@ -1,15 +1,86 @@
-"""Multiple choice: exact labels only. `A`, `(A)`, `A.` and `A) text` say A; "A or B" and a stray letter say nothing."""
+"""Multiple choice: exact labels only. `A`, `(A)` and `A.` say A; "A or B", "AB" and a stray letter say nothing."""
 
+import json
 import re
+from dataclasses import dataclass
+from functools import lru_cache
 
 from bloomery.errors import ArtifactError
-from bloomery.verify.exact import normalize, plain
 from bloomery.verify.extract import after_thinking, boxed_answer
+from bloomery.verify.normalize import normalize, plain
 from bloomery.verify.verdict import Verdict
 
 _LABEL = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]+|$)\s*(.*)", re.DOTALL)
 _ANOTHER = re.compile(r"(?<![A-Za-z'])(?:[A-Z](?![A-Za-z'])|[a-z][).])")
+_DRESS = " \t\n()[].:*$"
 MAX_CHARS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """The right label; the text behind it, "" where only the label is asked; and the last label of the item."""
+
+    label: str
+    text: str = ""
+    last: str = "Z"
+
+
+def label(completion: str, gold: str, require_think: bool = False) -> Verdict:
+    r"""The single letter in the last box against the gold's label (Nemotron-CrossThink, arXiv 2504.13941, section 2.4).
+
+    gold: `B`; `B) text` where label and text are asked for: then text may stand behind the label, which alone is
+    graded; or JSON with the number of options, `{"label": "B", "options": 4}`, whose labels are A to D.
+    """
+    right = read_gold(gold)
+    found = boxed_answer(completion, require_think)
+    if isinstance(found, Verdict):
+        return found
+    said = _said(found, right) if len(found) <= MAX_CHARS else None
+    if said is None:
+        return Verdict.of("wrong", "no single label")
+    if said > right.last:
+        return Verdict.of("wrong", f"{said} is no option: the labels are A to {right.last}")
+    return Verdict.of("correct") if said == right.label else Verdict.of("wrong", f"{said} is not {right.label}")
+
+
+def _said(found: str, right: Gold) -> str | None:
+    """The label in a box. Text behind it counts for nothing, unless it names another label."""
+    bare = plain(found).strip(_DRESS)
+    if re.fullmatch("[A-Za-z]", bare):
+        return bare.upper()
+    match = read_label(found) if right.text else None
+    if match is None:
+        return None
+    said, words = match
+    own = said == right.label and normalize(words) == normalize(right.text)
+    return said if own or not _ANOTHER.search(words) else None
+
+
+@lru_cache(maxsize=4096)
+def read_gold(gold: str) -> Gold:
+    """What a prompt's answer says. Raises `ArtifactError` where it is no label of the item."""
+    found = _from_json(gold) if gold.lstrip().startswith("{") else read_label(gold)
+    if found is None:
+        raise ArtifactError(
+            f"a prompt with verifier 'label' has the answer {gold[:200]!r}; expected a label such as B, 'B) text' or "
+            '{"label": "B", "options": 4}'
+        )
+    right = found if isinstance(found, Gold) else Gold(*found)
+    if right.label > right.last:
+        raise ArtifactError(
+            f"a prompt with verifier 'label' has the answer {right.label}, and its labels are A to {right.last}; "
+            "drop such rows when preparing the data"
+        )
+    return right
+
+
+def _from_json(gold: str) -> Gold | None:
+    try:
+        record = json.loads(gold)
+        (name, text), count = read_label(str(record["label"])) or ("", ""), int(record["options"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        return None
+    return Gold(name, text, chr(ord("A") + count - 1)) if name and 2 <= count <= 26 else None
 
 
 def choice(completion: str, gold: str, require_think: bool = False) -> Verdict:

@@ -1,21 +1,10 @@
-"""Short answers in words: equal after a fixed, small normalisation (Nemotron-CrossThink's `short` form)."""
-
-import re
-import unicodedata
+"""Short answers in words: equal after a fixed, small normalisation."""
 
 from bloomery.errors import ArtifactError
 from bloomery.verify.extract import boxed_answer
+from bloomery.verify.normalize import normalize
 from bloomery.verify.verdict import Verdict
 
-_NUMERALS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-)  # fmt: skip
-_DIGITS = {word: str(value) for value, word in enumerate(_NUMERALS)}
-_SAME = str.maketrans(dict.fromkeys("‐‑‒–—−", "-") | dict.fromkeys("‘’ʼ`", "'") | dict.fromkeys("“”„", '"'))
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-_ENDS = " \t\n.,;:!?\"'()[]$*"
-_ARTICLES = ("the", "a", "an")
 MAX_CHARS = 1000
 
 
@@ -36,17 +25,3 @@ def exact(completion: str, gold: str, require_think: bool = False) -> Verdict:
         if normalize(found) == expected
         else Verdict.of("wrong", f"{found[:80]} is not {gold[:80]}")
     )
-
-
-def plain(text: str) -> str:
-    r"""NFKC, and the content of `\text{…}` in its place."""
-    return _TEXT.sub(r"\1", unicodedata.normalize("NFKC", text))
-
-
-def normalize(text: str) -> str:
-    """The form in which two short answers are compared."""
-    text = plain(text).translate(_SAME).casefold().strip(_ENDS)
-    words = [_DIGITS.get(word, word) for word in text.split()]
-    if len(words) > 1 and words[0] in _ARTICLES:
-        words = words[1:]
-    return " ".join(words)

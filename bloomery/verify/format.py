@@ -8,12 +8,14 @@ from bloomery.verify.verdict import Verdict
 _CLOSING = re.compile(r"[\s.$*)\]\\]*")
 
 
-def format_verdict(completion: str, gold: str = "", require_think: bool = False) -> Verdict:
+def format_verdict(
+    completion: str, gold: str = "", require_think: bool = False, box_last: bool = True
+) -> Verdict:  # fmt: skip
     """`correct` when the form is kept. `gold` plays no part.
 
     Thinking: at most one `<think>`, at the very start (absent where the prompt already opened it), exactly one
     `</think>`, something between them; without `require_think` both tags may be absent. Then exactly one box, none of
-    it inside the thinking, and nothing after it but closing punctuation.
+    it inside the thinking, and, with `box_last`, nothing after it but closing punctuation.
     """
     thought, close, answer = completion.partition("</think>")
     if close or require_think or "<think>" in completion:
@@ -26,10 +28,10 @@ def format_verdict(completion: str, gold: str = "", require_think: bool = False)
             return Verdict.of("multi_box", "a box inside the thinking")
     else:
         answer = completion
-    return _one_box(answer)
+    return _one_box(answer, box_last)
 
 
-def _one_box(text: str) -> Verdict:
+def _one_box(text: str, box_last: bool) -> Verdict:
     count = text.count(r"\boxed")
     if count != 1:
         return Verdict.of("multi_box" if count else "no_answer", f"{count} boxes, expected 1")
@@ -38,5 +40,7 @@ def _one_box(text: str) -> Verdict:
     content = boxes(text)
     if not content or not content[0].strip():
         return Verdict.of("no_answer", "the box is empty or never closed")
+    if not box_last:
+        return Verdict.of("correct")
     end = text.index(content[0], text.index(r"\boxed")) + len(content[0]) + 1
     return Verdict.of("correct") if _CLOSING.fullmatch(text, end) else Verdict.of("wrong", "text after the box")

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 from bloomery.errors import ConfigError
 from bloomery.verify.answer import answer
-from bloomery.verify.choice import choice
+from bloomery.verify.choice import choice, label
 from bloomery.verify.deferred import Deferred
 from bloomery.verify.exact import exact
 from bloomery.verify.format import format_verdict
 from bloomery.verify.gym import gym
 from bloomery.verify.program import program
+from bloomery.verify.short import short
 from bloomery.verify.verdict import Verdict
 
 Verifier = Callable[[str, str, bool], Verdict | Deferred]
@@ -22,8 +23,13 @@ VERIFIERS: dict[str, Verifier] = {
     "exact": exact,
     "format": format_verdict,
     "gym": gym,
+    "label": label,
     "program": program,
+    "short": short,
 }
+
+ANSWER_FORMS = {"label": "label", "short": "short", "math": "answer"}
+"""Form of an answer (arXiv 2504.13941) → the verifier that judges it."""
 
 
 def lookup(name: str) -> Verifier:
@@ -33,3 +39,10 @@ def lookup(name: str) -> Verifier:
     nearest = difflib.get_close_matches(name, VERIFIERS, n=2)
     hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known: {', '.join(VERIFIERS)}"
     raise ConfigError(f"verifier {name!r}: unknown; {hint}")
+
+
+def for_form(answer_form: str) -> str:
+    """The name of the verifier of an answer form; `ConfigError` where there is none."""
+    if answer_form not in ANSWER_FORMS:
+        raise ConfigError(f"answer form {answer_form!r}: unknown; choose {', '.join(ANSWER_FORMS)}")
+    return ANSWER_FORMS[answer_form]
