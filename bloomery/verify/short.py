@@ -6,9 +6,9 @@ same is the same, by a small table and never by a part of the text: who names ev
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from bloomery.errors import ArtifactError
 from bloomery.verify.dates import Date, read_date
@@ -41,7 +41,7 @@ class Reading:
         if in_order:
             return all(_equal(mine.value, theirs.value) for mine, theirs in zip(self.items, other.items, strict=True))
         left = list(other.items)
-        return all(_take(left, lambda item, mine=mine: _equal(mine.value, item.value)) for mine in self.items)
+        return all(_take(left, mine) for mine in self.items)
 
 
 def _equal(first: Date | Quantity | str, second: Date | Quantity | str) -> bool:
@@ -50,9 +50,9 @@ def _equal(first: Date | Quantity | str, second: Date | Quantity | str) -> bool:
     return first == second
 
 
-def _take(items: list[Reading], fits: Callable[[Reading], bool]) -> bool:
-    """Remove the first item that fits."""
-    found = next((place for place, item in enumerate(items) if fits(item)), None)
+def _take(items: list[Reading], wanted: Reading) -> bool:
+    """Remove the first item that says the same."""
+    found = next((place for place, item in enumerate(items) if _equal(wanted.value, item.value)), None)
     if found is not None:
         del items[found]
     return found is not None
@@ -96,18 +96,17 @@ def _why(found: str, right: Gold) -> str:
 @lru_cache(maxsize=4096)
 def read_gold(gold: str) -> Gold:
     """What a prompt's answer says is right. Raises `ArtifactError` where that is nothing."""
-    record = _record(gold)
-    texts = [record["gold"], *record.get("alt_golds", ())] if record else []
-    if not texts or not all(isinstance(text, str) and normalize(text) for text in texts):
+    record = _record(gold) or {}
+    texts = [record.get("gold", ""), *record.get("alt_golds", [])]
+    if not all(isinstance(text, str) and normalize(text) for text in texts):
         raise ArtifactError(
             f"a prompt with verifier 'short' has the answer {gold[:200]!r}; expected a short text, or JSON with gold "
             "and alt_golds, none of them empty"
         )
-    assert record is not None
     return Gold(tuple(map(read, texts)), tuple(texts), not record.get("unordered", False))
 
 
-def _record(gold: str) -> dict[str, object] | None:
+def _record(gold: str) -> dict[str, Any] | None:
     if not gold.lstrip().startswith('{"'):
         return {"gold": gold}
     try:
