@@ -56,6 +56,6 @@ def load_prompts(path: Path, tokenizer: Tokenizer, max_tokens: int, drops: Drops
 
 def kind_of_question(metadata: Mapping[str, Any], source: str, verifier: str) -> tuple[str, str, int]:
     """Domain, form and number of options of a prompt, as `Prompt` has them."""
-    form = metadata.get("form") or ("choice" if verifier == "choice" else "open")
+    form = metadata.get("form") or ("choice" if verifier in ("choice", "label") else "open")
     options = len(metadata.get("options") or ()) if form == "choice" else 0
     return str(metadata.get("domain") or source), str(form), options

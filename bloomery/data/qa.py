@@ -6,6 +6,7 @@ so that it can be asked either way under one id, and nothing is lost on the way 
 """
 
 import dataclasses
+import json
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ Form = Literal["choice", "open"]
 AnswerForm = Literal["label", "short", "math"]
 
 LABELS = "ABCDEFGHIJ"
-VERIFIERS: dict[AnswerForm, str] = {"label": "choice", "short": "exact", "math": "answer"}
+VERIFIERS: dict[AnswerForm, str] = {"label": "label", "short": "short", "math": "answer"}
 """Answer form → the verifier that judges it."""
 
 INSTRUCTIONS: dict[Form, str] = {
@@ -64,8 +65,12 @@ class Item:
 
     @property
     def answer(self) -> str:
-        """What the verifier compares with."""
-        return self.gold_label or "" if self.answer_form == "label" else self.gold_text
+        """What the verifier compares with: for a label with the number of options, for words with what is as good."""
+        if self.answer_form == "label":
+            return json.dumps({"label": self.gold_label, "options": len(self.options or ())})
+        if self.answer_form == "short" and self.alt_golds:
+            return json.dumps({"gold": self.gold_text, "alt_golds": self.alt_golds}, ensure_ascii=False)
+        return self.gold_text
 
     @property
     def text(self) -> str:
