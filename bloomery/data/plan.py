@@ -4,16 +4,33 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from bloomery.data.interleave import Interleave
 from bloomery.data.permutation import key, permute
 from bloomery.errors import ConfigError
 
 MAX_SOURCES = 32_766  # source ids are int16 in a batch
+RAMP_STAIRS = 16
+"""A ramp is climbed in this many stairs of equal length, each with weights and exact counts of its own."""
+
+
+class Phase(NamedTuple):
+    """One of the phases that follow one another.
+
+    share: of the run's sequences, relative to the other phases; weights: by source, relative;
+    ramp: the part of the phase, at its start, over which the weights move linearly from those of the phase before.
+    """
+
+    share: float
+    weights: Mapping[str, float]
+    ramp: float = 0.0
 
 
 def check_weights(weights: Mapping[str, float], where: str = "weights") -> None:
@@ -32,40 +49,61 @@ def check_weights(weights: Mapping[str, float], where: str = "weights") -> None:
         raise ConfigError(f"{where}: {len(weights)} sources; expected at most {MAX_SOURCES}")
 
 
-def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers proportional to `shares` that sum to `total` exactly (Hamilton's method); ties go to the first."""
-    quotas = shares / shares.sum() * total
-    counts = np.floor(quotas).astype(np.int64)
-    order = np.argsort(-(quotas - counts), kind="stable")
-    counts[order[: total - int(counts.sum())]] += 1
-    return counts
+def largest_remainder(shares: Sequence[float] | np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers proportional to `shares` that sum to `total` exactly (Hamilton's method); ties go to the first.
+
+    Shares count as the decimals they are written as, in integers of any size: no rounding enters.
+    """
+    decimals = [Decimal(repr(float(share))) for share in shares]
+    places = min(0, *(int(decimal.as_tuple().exponent) for decimal in decimals))
+    scaled = [int(decimal.scaleb(-places)) for decimal in decimals]
+    whole = sum(scaled)
+    counts, rests = zip(*(divmod(share * total, whole) for share in scaled), strict=True)
+    found = np.array(counts, dtype=np.int64)
+    first = sorted(range(len(rests)), key=lambda index: -rests[index])[: total - sum(counts)]
+    found[first] += 1
+    return found
 
 
 @dataclass(frozen=True)
 class Plan:
     """A blend: how many sequences of each source, in which order, in phases that follow one another.
 
-    sources: names; rows: distinct sequences each source holds; counts: per phase, sequences drawn from each source.
+    sources: names; rows: distinct sequences each source holds; counts: per phase, sequences drawn from each source;
+    lengths: per phase, how many of its sequences are read, where a phase ends before its time; all where not given.
     """
 
     sources: tuple[str, ...]
     rows: tuple[int, ...]
     counts: tuple[tuple[int, ...], ...]
     seed: int
+    lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            object.__setattr__(self, "lengths", tuple(map(sum, self.counts)))
 
     @property
     def num_sequences(self) -> int:
         """Sequences of all phases."""
-        return sum(map(sum, self.counts))
+        return sum(self.lengths)
 
     @cached_property
-    def _ends(self) -> list[int]:
-        return np.cumsum([sum(phase) for phase in self.counts]).tolist()
+    def ends(self) -> list[int]:
+        """Where each phase ends, in sequences from the start of the run."""
+        return [*accumulate(self.lengths)]
+
+    @cached_property
+    def _orders(self) -> dict[int, Interleave]:
+        return {}
+
+    def _order(self, phase: int) -> Interleave:
+        return self._orders.setdefault(phase, Interleave(self.counts[phase]))
 
     @property
     def drawn(self) -> np.ndarray:
         """(sources,) sequences drawn from each over all phases."""
-        return np.sum(self.counts, axis=0)
+        return self.counts_at(self.num_sequences)
 
     @property
     def epochs(self) -> np.ndarray:
@@ -85,26 +123,64 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> "Plan":
         """The plan of `to_json`."""
         counts = tuple(tuple(phase) for phase in data["counts"])
-        return cls(tuple(data["sources"]), tuple(data["rows"]), counts, data["seed"])
+        return cls(tuple(data["sources"]), tuple(data["rows"]), counts, data["seed"], tuple(data.get("lengths", ())))
+
+    def counts_at(self, position: int) -> np.ndarray:
+        """(sources,) int64: how often each source has been drawn when `position` sequences have been."""
+        found = np.zeros(len(self.sources), dtype=np.int64)
+        for phase, (end, length) in enumerate(zip(self.ends, self.lengths, strict=True)):
+            inside = min(length, position - (end - length))
+            if inside > 0:
+                whole = inside == sum(self.counts[phase])
+                found += np.array(self.counts[phase]) if whole else self._order(phase).counts_at(inside)
+        return found
+
+    def until(self, position: int) -> "Plan":
+        """The plan of the first `position` sequences: the same draws, and then it ends."""
+        starts = [end - length for end, length in zip(self.ends, self.lengths, strict=True)]
+        kept = [n for n, start in enumerate(starts) if start < position]
+        lengths = tuple(min(self.lengths[n], position - starts[n]) for n in kept)
+        return replace(self, counts=tuple(self.counts[n] for n in kept), lengths=lengths)
+
+    def then(self, other: "Plan") -> "Plan":
+        """This plan and after it the other, over the other's sources: a source that both have goes on where it was.
+
+        Raises `ConfigError` where a source of this plan is not among the other's, or has other rows there.
+        """
+        place = {name: index for index, name in enumerate(other.sources)}
+        for name, rows in zip(self.sources, self.rows, strict=True):
+            if name not in place or other.rows[place[name]] != rows:
+                found = f"{other.rows[place[name]]} rows" if name in place else "no such source"
+                raise ConfigError(f"source {name}: {rows} rows in the plan to go on from, here {found}; blend the same")
+        counts = []
+        for phase in self.counts:
+            own = dict(zip(self.sources, phase, strict=True))
+            counts.append(tuple(own.get(name, 0) for name in other.sources))
+        return replace(other, counts=(*counts, *other.counts), lengths=(*self.lengths, *other.lengths), seed=self.seed)
+
+    def random_order(self) -> "Plan":
+        """The same sequences of each source as one phase: the control that differs in order alone."""
+        return replace(self, counts=(tuple(self.drawn.tolist()),), lengths=())
+
+    def reversed(self) -> "Plan":
+        """The phases in the opposite order."""
+        return replace(self, counts=self.counts[::-1], lengths=self.lengths[::-1])
 
     def order(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source index, and number within that source's stream, of the sequences [start, stop).
 
         A source's numbers go on from one phase to the next: a new phase never restarts its stream.
-        Returns two (n,) int64 arrays. O(sources + n), whatever `start` is.
+        Returns two (n,) int64 arrays. O(n log sources), whatever `start` is.
         """
         if not 0 <= start <= stop <= self.num_sequences:
             raise ConfigError(f"sequences {start} to {stop}: the plan holds {self.num_sequences}")
-        parts, begin, before = [], 0, np.zeros(len(self.sources), dtype=np.int64)
-        for phase, end in zip(self.counts, self._ends, strict=True):
-            counts = np.array(phase, dtype=np.int64)
+        parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+        for phase, (end, length) in enumerate(zip(self.ends, self.lengths, strict=True)):
+            begin = end - length
             if start < end and stop > begin:
-                source, number = _virtual_time_merge(counts, max(start, begin) - begin, min(stop, end) - begin)
-                parts.append((source, number + before[source]))
-            begin, before = end, before + counts
-        if not parts:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+                source, number = self._order(phase).draw(max(start, begin) - begin, min(stop, end) - begin)
+                parts.append((source, number + self.counts_at(begin)[source]))
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Source index, row within the source, and epoch, of the sequences [start, stop).
@@ -120,48 +196,72 @@ class Plan:
         return source, row, epoch
 
 
-def _virtual_time_merge(counts: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places [start, stop) of the merge in which item k of source i stands at time (k + ½) / counts[i].
-
-    After any prefix of t items a source has given its share of t to within ½ + share · sources / 2. Only the items
-    near the window are made: no item's place differs from time · total by more than the number of sources.
-    """
-    total, margin = int(counts.sum()), len(counts) + 1
-    first = np.clip(np.ceil(counts * ((start - margin) / total) - 0.5), 0, counts).astype(np.int64)
-    last = np.clip(np.ceil(counts * ((stop + margin) / total) - 0.5), 0, counts).astype(np.int64)
-    sizes = last - first
-    source = np.repeat(np.arange(len(counts)), sizes)
-    number = np.arange(len(source)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + first[source]
-    order = np.argsort((number + 0.5) / counts[source], kind="stable")  # sources ascend, so ties go to the lower one
-    window = order[start - int(first.sum()) :][: stop - start]
-    return source[window], number[window]
-
-
 def make_plan(
     names: Sequence[str],
     rows: Sequence[int],
-    row_tokens: Sequence[float],
-    phases: Sequence[tuple[float, Mapping[str, float]]],
+    row_units: Sequence[float],
+    phases: Sequence[tuple[float, Mapping[str, float]] | Phase],
     num_sequences: int,
     seed: int,
 ) -> Plan:
-    """Exact counts for weights that are shares of *tokens*.
+    """Exact counts for weights that are shares of tokens, sequences or documents.
 
-    A source with padding gives fewer tokens a row, so its share of rows is weight / tokens per row.
-    row_tokens: mean tokens of a source's row; phases: (share of the sequences, weights by name).
-    Raises `ConfigError` when a source with a positive weight has no rows.
+    row_units: how many of those units a row of each source holds on average: for shares of tokens, a source whose rows
+    have padding gives fewer a row, so its share of rows is weight / tokens per row.
+    Raises `ConfigError` when a source with a positive weight has no rows, or would get no sequence at all.
     """
-    for _, weights in phases:
-        for name, count in zip(names, rows, strict=True):
-            if weights.get(name, 0) > 0 and not count:
-                raise ConfigError(
-                    f"source {name}: has weight {weights[name]} but no rows to sample; set its weight to 0 or feed it"
-                )
-    lengths = largest_remainder(np.array([share for share, _ in phases], dtype=float), num_sequences)
-    counts = []
-    for (_, weights), length in zip(phases, lengths, strict=True):
-        shares = np.array(
-            [weights.get(name, 0) / max(tokens, 1) for name, tokens in zip(names, row_tokens, strict=True)]
-        )
-        counts.append(tuple(largest_remainder(shares, int(length)).tolist()))
+    given = [Phase(*phase) for phase in phases]
+    for name, held in zip(names, rows, strict=True):
+        weight = max(phase.weights.get(name, 0) for phase in given)
+        if weight > 0 and not held:
+            raise ConfigError(
+                f"source {name}: has weight {weight} but no rows to sample; set its weight to 0 or feed it"
+            )
+    shares = [_row_shares(phase.weights, names, row_units) for phase in given]
+    counts: list[tuple[int, ...]] = []
+    for number, length in enumerate(largest_remainder([phase.share for phase in given], num_sequences).tolist()):
+        counts += _stairs(shares[number - 1] if number else shares[0], shares[number], given[number].ramp, length)
+    _refuse_rounded_away(names, given, counts)
     return Plan(tuple(names), tuple(rows), tuple(counts), seed)
+
+
+def _row_shares(weights: Mapping[str, float], names: Sequence[str], row_units: Sequence[float]) -> np.ndarray:
+    same = len(set(row_units)) == 1  # then weights stay the decimals that they were written as
+    pairs = zip(names, row_units, strict=True)
+    return np.array([weights.get(name, 0) / (1 if same else max(units, 1e-9)) for name, units in pairs])
+
+
+def _stairs(before: np.ndarray, after: np.ndarray, ramp: float, length: int) -> list[tuple[int, ...]]:
+    """Counts of a phase: of the stairs of its ramp, and of what follows it."""
+    if not ramp:
+        return [tuple(largest_remainder(after, length).tolist())]
+    before, after = before / before.sum(), after / after.sum()
+    *stairs, rest = largest_remainder([ramp / RAMP_STAIRS] * RAMP_STAIRS + [1 - ramp], length).tolist()
+    found, wanted, given = [], np.zeros(len(after)), np.zeros(len(after), dtype=np.int64)
+    for number, size in enumerate([*stairs, rest]):
+        climbed = min(1.0, (number + 0.5) / RAMP_STAIRS)
+        wanted += size * (before + (after - before) * climbed)
+        counts = _nearest(wanted - given, size)
+        given += counts
+        found.append(tuple(counts.tolist()))
+    return [counts for counts in found if sum(counts)]
+
+
+def _nearest(wanted: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers of at least 0 near `wanted` that sum to `total`; what earlier stairs rounded away is made up for."""
+    counts = np.floor(np.maximum(wanted, 0)).astype(np.int64)
+    while (missing := total - int(counts.sum())) != 0:
+        order = np.argsort(-np.sign(missing) * (wanted - counts), kind="stable")
+        chosen = [index for index in order.tolist() if missing > 0 or counts[index]][: abs(missing)]
+        counts[chosen] += np.sign(missing)
+    return counts
+
+
+def _refuse_rounded_away(names: Sequence[str], phases: Sequence[Phase], counts: Sequence[Sequence[int]]) -> None:
+    drawn = np.sum(counts, axis=0)
+    for name, found in zip(names, drawn.tolist(), strict=True):
+        if not found and any(phase.weights.get(name, 0) > 0 for phase in phases):
+            raise ConfigError(
+                f"source {name}: its weight is less than half a sequence of this plan of {int(drawn.sum())}, so it "
+                "would never be read; raise it, plan more sequences, or set it to 0"
+            )
