@@ -7,6 +7,7 @@ rollouts; a `judge` may be `bloomery.verify.judge` or any other.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import comb, fsum
 from typing import Any
 
 from bloomery.data.document import Document, Drops
@@ -17,6 +18,10 @@ from bloomery.verify.verdict import Verdict
 
 Judge = Callable[[str, str, str], Verdict]
 """(verifier, completion, answer) → the verdict."""
+
+
+GUESSED = 0.05
+"""What guessing gives more often than this is no sign of knowledge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,17 @@ class PassRate:
     def rate(self) -> float:
         """Share of right ones; 0 where nothing was judged."""
         return self.right / self.judged if self.judged else 0.0
+
+    def beyond_chance(self, options: int, level: float = GUESSED) -> float:
+        """The rate, but 0 where choosing blindly among `options` gives as many right ones with a probability above
+        `level` (one-sided binomial test); options: 0 where nothing can be guessed."""
+        return 0.0 if options and _at_least(self.right, self.judged, 1 / options) > level else self.rate
+
+
+def _at_least(right: int, tries: int, chance: float) -> float:
+    """P(X ≥ right) of X ~ Binomial(tries, chance)."""
+    terms = (comb(tries, k) * chance**k * (1 - chance) ** (tries - k) for k in range(right, tries + 1))
+    return fsum(terms)
 
 
 def verifiable(documents: Iterable[Document], judge: Judge, drops: Drops) -> Iterator[Document]:

@@ -53,6 +53,18 @@ class Curriculum:
         progress["prompts_drawn"] = progress.get("prompts_drawn", 0) + count
         return taken
 
+    def left(self, phase: Sampling, progress: MutableMapping[str, Any]) -> int:
+        """Prompts of the epoch that are still to come; an epoch that has none is over. Raises as `take` does."""
+        self.take(0, phase, progress)
+        if progress["place"] == self.size(progress):
+            self._begin_epoch(phase, progress)
+        return self.size(progress) - progress["place"]
+
+    def metrics(self, progress: Mapping[str, Any]) -> dict[str, float]:
+        """How far the epoch is, and where prompts are left out, how many it has."""
+        found: dict[str, float] = {"epoch": progress["epoch"] + progress["place"] / self.size(progress)}
+        return found if progress["pool"] is None else found | {"prompts_left": self.size(progress)}
+
     def size(self, progress: Mapping[str, Any]) -> int:
         """Prompts of the epoch."""
         return len(self.prompts) if progress["pool"] is None else len(progress["pool"])
@@ -80,9 +92,12 @@ class Curriculum:
         progress["pool"] = None if len(pool) == len(self.prompts) else pool
 
     def _fits(self, found: PassRate | None, position: int, phase: Sampling) -> bool:
-        """Whether a prompt is of the phase's difficulty. One whose pass rate nobody knows is."""
+        """Whether a prompt is of the phase's difficulty, what guessing explains taken off. An unknown one is."""
         known = found or self._before.get(position)
-        return known is None or ((phase.above is None or known.rate > phase.above) and known.rate <= phase.at_most)
+        if known is None:
+            return True
+        rate = known.beyond_chance(self.prompts[position].options)
+        return (phase.above is None or rate > phase.above) and rate <= phase.at_most
 
     def _from_epoch(self, most: int, progress: MutableMapping[str, Any]) -> list[int]:
         """Up to `most` positions from where the epoch stands."""
