@@ -25,11 +25,15 @@ _CHUNK = 2**20
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Part of a file: of a JSONL file the lines that start in the bytes [start, stop), of a Parquet file the row groups
-    [start, stop); of every other file, all of it (`stop` is None)."""
+    [start, stop); of every other file, all of it (`stop` is None).
+
+    size: bytes of input, where that is known.
+    """
 
     file: Path
     start: int = 0
     stop: int | None = None
+    size: int = 0
 
 
 Part = tuple[Piece, ...]
@@ -51,36 +55,35 @@ def files_in(path: Path, pattern: str) -> list[Path]:
     return found
 
 
-def whole_files(files: Iterable[Path]) -> list[tuple[Piece, int]]:
-    """A piece for each file, with its size in bytes."""
-    return [(Piece(file), file.stat().st_size) for file in files]
+def whole_files(files: Iterable[Path]) -> list[Piece]:
+    """A piece for each file."""
+    return [Piece(file, size=file.stat().st_size) for file in files]
 
 
-def line_pieces(files: Iterable[Path], part_bytes: int) -> list[tuple[Piece, int]]:
+def line_pieces(files: Iterable[Path], part_bytes: int) -> list[Piece]:
     """Pieces of at most `part_bytes` of files of lines; a compressed file cannot be cut."""
     pieces = []
     for file in files:
         size = file.stat().st_size
         if file.suffix in COMPRESSED or size <= part_bytes:
-            pieces.append((Piece(file), size))
+            pieces.append(Piece(file, size=size))
         else:
-            pieces += [
-                (Piece(file, start, min(start + part_bytes, size)), part_bytes) for start in range(0, size, part_bytes)
-            ]
+            stops = [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
+            pieces += [Piece(file, start, stop, stop - start) for start, stop in stops]
     return pieces
 
 
-def in_parts(pieces: Iterable[tuple[Piece, int]], part_bytes: int) -> list[Part]:
+def in_parts(pieces: Iterable[Piece], part_bytes: int) -> list[Part]:
     """Pieces in their order, small ones together in one part."""
     parts: list[Part] = []
     current: list[Piece] = []
     held = 0
-    for piece, size in pieces:
-        if current and (held + size > part_bytes or len(current) == _FILES_PER_PART):
+    for piece in pieces:
+        if current and (held + piece.size > part_bytes or len(current) == _FILES_PER_PART):
             parts.append(tuple(current))
             current, held = [], 0
         current.append(piece)
-        held += size
+        held += piece.size
     return [*parts, tuple(current)] if current else parts
 
 

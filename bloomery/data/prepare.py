@@ -1,132 +1,123 @@
 """Stage `prepare`: raw sources into a dataset folder of documents, messages or prompts."""
 
-import dataclasses
 import platform
-from collections.abc import Iterator
-from itertools import islice
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bloomery import artifact
 from bloomery.artifact import Manifest, Output
-from bloomery.config import Config, Field
-from bloomery.data.dataset import check_source_name, write_rows
-from bloomery.data.decontaminate import DecontaminateConfig, Decontaminator, as_rows, load
-from bloomery.data.dedup import ExactDedup
-from bloomery.data.document import Document, Drops
-from bloomery.data.filters import FilterConfig, filter_documents, sample_documents
-from bloomery.data.math_filters import MathFilterConfig, filter_math
-from bloomery.data.read import Invalid
-from bloomery.data.sources import AnySource, Source
-from bloomery.errors import ArtifactError, ConfigError
+from bloomery.data import executor, quality
+from bloomery.data.dataset import write_card
+from bloomery.data.merge import Merge
+from bloomery.data.part import WORK, Job, Worker, calibration_texts
+from bloomery.data.pieces import Piece
+from bloomery.data.prepare_config import PrepareConfig, check
+from bloomery.data.table import drops_table
 from bloomery.progress import Bar, say
 
 CONTAMINATION = "contamination.json"
 """File in the folder: which documents hold which benchmark item."""
 
-
-class PrepareConfig(Config):
-    """Read, filter and deduplicate sources."""
-
-    kind: Literal["documents", "messages", "prompts"] = Field(description="what the rows are")
-    sources: list[AnySource] = Field(
-        description="raw sources; of equal texts in two of them, the first keeps it", min_length=1
-    )
-    filters: FilterConfig = Field(
-        default=FilterConfig(), description="filters of every source that names none of its own"
-    )
-    math: MathFilterConfig | None = Field(
-        default=None, description="filters for math problems with a short, checkable answer (prompts)"
-    )
-    deduplicate: bool = Field(default=True, description="drop texts seen before, in this source or an earlier one")
-    instruction: str | None = Field(
-        default=None, description="text behind every question, after an empty line; no filter sees it (prompts)"
-    )
-    decontaminate: DecontaminateConfig | None = Field(
-        default=None, description="drop what shares a run of words with an item of these benchmarks"
-    )
-
-
-def check(config: PrepareConfig) -> dict[str, Any]:
-    """What `run` would refuse before reading any data."""
-    seen: set[str] = set()
-    for source in config.sources:
-        check_source_name(source.name)
-        if source.name in seen:
-            raise ConfigError(
-                f"sources: {source.name} is given twice; its files would overwrite each other; rename one"
-            )
-        seen.add(source.name)
-    if config.math is not None and config.kind != "prompts":
-        raise ConfigError(f"math: these filters read a question and its answer; kind {config.kind} has none; remove it")
-    if config.instruction is not None and config.kind != "prompts":
-        raise ConfigError(f"instruction: goes behind a question; kind {config.kind} has none; remove it")
-    return {"kind": config.kind, "sources": sorted(seen)}
+__all__ = ["CONTAMINATION", "PrepareConfig", "check", "run"]
 
 
 def run(config: PrepareConfig, out: Path) -> Manifest:
-    """Stage `prepare`: Parquet shards by source; the manifest says how many were kept and why others were not."""
+    """Stage `prepare`: Parquet shards by source; the manifest says how many were kept and why others were not.
+
+    A run that was cut goes on with the parts that are not done, and gives the same as one that was not.
+    """
     check(config)
+    executor.check(config.executor)
     with Output(out, "prepare", config) as output:
-        if output.done:
-            return artifact.read_manifest(output.path)  # type: ignore[return-value]
-        dedup = ExactDedup() if config.deduplicate else None
-        benchmarks = None if config.decontaminate is None else load(config.decontaminate)
-        with Bar(f"prepare {config.kind}", len(config.sources)) as bar:
-            sources = {}
-            for done, source in enumerate(config.sources):
-                sources[source.name] = _write(source, config, dedup, benchmarks, output.path, bar, done)
-                bar.update(done + 1, source.name)
-        documents = sum(source["kept"] for source in sources.values())
-        summary = {"documents": documents, "sources": sources, "python": platform.python_version()}
-        if benchmarks is not None:
-            artifact.write_json(output.path / CONTAMINATION, as_rows(benchmarks.hits))
-            summary["renumbered"] = sum(hit.masked for hit in benchmarks.hits)
-        return output.finish(config.kind, summary)
+        if not output.done:
+            return _prepare(config, output)
+        return artifact.read_manifest(output.path)  # type: ignore[return-value]
 
 
-def _write(
-    source: Source, config: PrepareConfig, dedup: ExactDedup | None, benchmarks: Decontaminator | None, out: Path,
-    bar: Bar, done: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Write one source; returns its counts. Raises `ArtifactError` when nothing of it is left."""
-    drops = Drops()
-    documents = sample_documents(source.documents(config.kind, Invalid(source.on_invalid, drops)), source.sample)
-    documents = filter_documents(documents, source.filters or config.filters, drops)
-    if config.math is not None:
-        documents = filter_math(documents, config.math, drops)
-    if dedup is not None:
-        documents = dedup(documents, drops)
-    if benchmarks is not None:
-        documents = benchmarks(documents, drops)
-    if config.instruction is not None:
-        documents = (_instructed(document, config.instruction) for document in documents)
-    counted = _Counted(islice(documents, source.max_documents), source.name, bar, done)
-    kept = write_rows(out, source.name, (document.row(config.kind) for document in counted), config.kind)
-    if not kept:
-        reason = f"all were dropped: {drops}" if drops.total else "it holds no documents"
-        raise ArtifactError(f"source {source.name}: nothing is left of it; {reason}")
-    dropped = "".join(f", dropped {count:,} {reason}" for reason, count in drops.counts.most_common())
-    say(f"prepare  {source.name}: kept {kept:,}{dropped}")
-    return {"kept": kept, "characters": counted.characters, "dropped": dict(drops.counts)}
+def _prepare(config: PrepareConfig, output: Output) -> Manifest:
+    jobs = _jobs(config, output.path)
+    everything = [job for each in jobs for job in each]
+    if config.quality is not None and config.quality.trained is None:
+        _train_quality(config, output.path, everything)
+    if config.executor.type != "local":
+        say(f"prepare  {len(everything):,} parts, by {config.executor.type}")
+        executor.run_on_cluster(config, output.path, everything)
+    shutil.rmtree(output.data, ignore_errors=True)
+    merge, sources = Merge(config, output.path), dict[str, dict[str, Any]]()
+    with _runner(config, output.path, everything) as runner, Bar(f"prepare {config.kind}", len(everything)) as bar:
+        tiers, done = _tiers(config, output.path), 0
+        for number, source in enumerate(config.sources):
+            progress = _moving(bar, done, len(jobs[number]), source.name, runner.run(jobs[number]))
+            sources[source.name] = merge.source(number, tiers if source.name in config.tiered else (), progress)
+            done += len(jobs[number])
+            bar.update(done, source.name)
+    write_card(output.path, {"train": f"{artifact.DATA}/*.parquet"})
+    say("\n" + drops_table(sources))
+    summary = _summary(config, output.path, merge, sources)
+    manifest = output.finish(config.kind, summary)
+    shutil.rmtree(output.path / WORK, ignore_errors=True)
+    return manifest
 
 
-def _instructed(document: Document, instruction: str) -> Document:
-    """With the instruction behind its last message."""
-    *before, last = document.columns["prompt"]
-    asked = [*before, {**last, "content": f"{last['content']}\n\n{instruction}"}]
-    return dataclasses.replace(document, columns={**document.columns, "prompt": asked})
+def _jobs(config: PrepareConfig, out: Path) -> list[list[Job]]:
+    """The parts of each source."""
+    jobs = []
+    for number, source in enumerate(config.sources):
+        folder = (out / WORK / f"{number}-{source.name}").resolve()
+        parts = enumerate(source.parts(config.part_bytes))
+        jobs.append([Job(number, index, part, folder / f"{index:06d}.parquet") for index, part in parts])
+    return jobs
 
 
-class _Counted:
-    """Passes documents on with their source's name, counts characters and moves the bar."""
+def _train_quality(config: PrepareConfig, out: Path, jobs: list[Job]) -> None:
+    assert config.quality is not None
+    folder = out / quality.FOLDER
+    if not quality.is_saved(folder):
+        say("prepare  learning quality from the examples")
+        quality.train(config.quality, calibration_texts(config, jobs), folder)
 
-    def __init__(self, documents: Iterator[Document], source: str, bar: Bar, done: int):
-        self._documents, self._source, self._bar, self._done, self.characters = documents, source, bar, done, 0
 
-    def __iter__(self) -> Iterator[Document]:
-        for number, document in enumerate(self._documents, 1):
-            self.characters += len(document.text)
-            if number % 1000 == 0:
-                self._bar.update(self._done, f"{self._source}: {number:,} documents")
-            yield dataclasses.replace(document, source=self._source)
+def _runner(config: PrepareConfig, out: Path, jobs: Sequence[Job]) -> AbstractContextManager[Any]:
+    count = executor.num_processes(config.executor, len(jobs), sum(map(_bytes, jobs)), config.part_bytes)
+    count = min(count, sum(not job.done for job in jobs)) if config.executor.type == "local" else 1
+    make = partial(Worker, config, out)
+    return executor.Processes(make, count) if count > 1 else executor.InProcess(make)
+
+
+def _bytes(job: Job) -> int:
+    """Input of a part that is a stretch of files; 0 where that is unknown."""
+    pieces = job.part if isinstance(job.part, tuple) else ()
+    return sum(piece.size for piece in pieces if isinstance(piece, Piece))
+
+
+def _moving(bar: Bar, done: int, total: int, name: str, jobs: Iterator[Job]) -> Iterator[Job]:
+    """Passes parts on and moves the bar."""
+    for number, job in enumerate(jobs, 1):
+        yield job
+        if number < total:
+            bar.update(done + number, name)
+
+
+def _tiers(config: PrepareConfig, out: Path) -> Sequence[str]:
+    if config.quality is None:
+        return ()
+    return quality.load(config.quality.trained or out / quality.FOLDER)[0].tiers
+
+
+def _summary(config: PrepareConfig, out: Path, merge: Merge, sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest says: counts by raw source, and the inventory of what a blend can weight."""
+    documents = sum(each["kept"] for each in sources.values())
+    summary = {"documents": documents, "sources": sources, "inventory": merge.inventory}
+    summary["python"] = platform.python_version()
+    if config.quality is not None:
+        facts = quality.load(config.quality.trained or out / quality.FOLDER)[1]
+        summary["calibration"] = facts.pop("calibration")
+        summary["quality"] = {name: facts[name] for name in facts if name not in ("tiers", "threshold_of_each")}
+    if config.decontaminate is not None:
+        artifact.write_json(out / CONTAMINATION, merge.hits)
+        summary["renumbered"] = sum(hit["masked"] for hit in merge.hits)
+    return summary

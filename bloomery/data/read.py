@@ -134,7 +134,7 @@ def read_parquet(path: Path, pattern: str, invalid: Invalid) -> Iterator[Located
     return read_parquet_groups(tuple(map(Piece, files_in(path, pattern))), invalid)
 
 
-def parquet_pieces(files: Iterable[Path], part_bytes: int) -> list[tuple[Piece, int]]:
+def parquet_pieces(files: Iterable[Path], part_bytes: int) -> list[Piece]:
     """Row groups that together are about `part_bytes` long."""
     pieces = []
     for file in files:
@@ -143,7 +143,7 @@ def parquet_pieces(files: Iterable[Path], part_bytes: int) -> list[tuple[Piece, 
         start = 0
         for stop in range(1, len(sizes) + 1):
             if stop == len(sizes) or sum(sizes[start : stop + 1]) > part_bytes:
-                pieces.append((Piece(file, start, stop), sum(sizes[start:stop])))
+                pieces.append(Piece(file, start, stop, sum(sizes[start:stop])))
                 start = stop
     return pieces
 

@@ -29,6 +29,7 @@ def test_every_drop_is_counted_with_its_reason_in_the_manifest(tmp_path):
     assert manifest.kind == "documents"
     assert manifest.summary["sources"]["web"] == {
         "kept": 2,
+        "bytes": 17,
         "characters": 17,
         "dropped": {
             "empty": 1, "shorter than 2 characters": 1, "duplicate": 1, "invalid characters": 1, "invalid UTF-8": 1,
