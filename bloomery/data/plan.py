@@ -248,7 +248,7 @@ def _stairs(before: np.ndarray, after: np.ndarray, ramp: float, length: int) -> 
 
 
 def _nearest(wanted: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers of at least 0 near `wanted` that sum to `total`; what earlier stairs rounded away is made up for."""
+    """Whole numbers of at least 0 near `wanted` that sum to `total`: what earlier stairs rounded away is made up."""
     counts = np.floor(np.maximum(wanted, 0)).astype(np.int64)
     while (missing := total - int(counts.sum())) != 0:
         order = np.argsort(-np.sign(missing) * (wanted - counts), kind="stable")

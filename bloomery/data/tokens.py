@@ -89,6 +89,12 @@ class RowFile:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """(rows,) tokens of each row, padding not counted."""
+        totals = [(np.concatenate([[0], np.cumsum(values)]), offsets) for values, offsets in self._lengths]
+        return np.concatenate([np.diff(total[offsets]) for total, offsets in totals])
+
     def take(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids (length,) and document lengths of one row, both int32."""
         chunk = int(np.searchsorted(self._starts, row, "right")) - 1

@@ -7,7 +7,7 @@ is written last. Names are those of the model in one process, so what one mappin
 import copy
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -34,13 +34,14 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # ev
 
 
 class Checkpoints:
-    """The last `keep` good checkpoints of one run. As a context manager, it waits for the write in flight when left.
+    """The last `keep` good checkpoints of one run, and those after `branch_steps`, which stay for runs that branch off.
 
+    As a context manager, it waits for the write in flight when left.
     All ranks make it and call it together.
     """
 
-    def __init__(self, directory: Path, keep: int = 2):
-        self.directory, self.keep = Path(directory), keep
+    def __init__(self, directory: Path, keep: int = 2, branch_steps: Iterable[int] = ()):
+        self.directory, self.keep, self.branch_steps = Path(directory), keep, frozenset(branch_steps)
         self.peers = Peers()
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._in_flight: Future[None] | None = None
@@ -80,6 +81,20 @@ class Checkpoints:
                 say(f"{folder}: {problem}; it is removed, and the checkpoint before it is used")
                 shutil.rmtree(folder)
         return False
+
+    def load(self, state: TrainState, step: int | None = None) -> None:
+        """Restore the checkpoint after `step`, the last one where not given, into `state`.
+
+        Raises `ArtifactError` when it is missing or damaged; nothing is removed, as another run owns the folder.
+        """
+        folders = {_step(folder): folder for folder in self._folders()}
+        if (max(folders, default=None) if step is None else step) not in folders:
+            held = f"it holds those after steps {', '.join(map(str, folders))}" if folders else "it holds none"
+            raise ArtifactError(f"{self.directory}: no checkpoint after step {step}; {held}")
+        folder = folders[max(folders) if step is None else step]
+        if problem := self._damage(folder):
+            raise ArtifactError(f"{folder}: {problem}; run the stage that wrote it again")
+        self._restore(folder, state)
 
     def _folders(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"))
@@ -125,7 +140,8 @@ class Checkpoints:
             shutil.rmtree(final)
         artifact.os.replace(temporary, final)
         for old in self._folders()[: -self.keep]:
-            shutil.rmtree(old)
+            if _step(old) not in self.branch_steps:
+                shutil.rmtree(old)
 
     def _together(self, act: Callable[[], T]) -> list[T]:
         """Every rank's result. When one was refused, all raise `ArtifactError` with the rank and the cause."""
@@ -244,6 +260,10 @@ def _stream(state: TrainState) -> str:
     as it comes from fewer data ranks, starts a stream of its own that follows from the first one's."""
     rank = _data_rank(state)
     return f"{_RANDOM}.{rank}" if rank else _RANDOM
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _emptied(folder: Path) -> None:

@@ -263,8 +263,9 @@ def _recomputing(model: nn.Module) -> Iterator[None]:
         del model.forward
 
 
-def _set_learning_rate(optimizer: Optimizer, step: int, config: LoopConfig) -> float:
-    rate = learning_rate(
+def rate_at(step: int, config: LoopConfig) -> float:
+    """The learning rate of a step, counted from 1."""
+    return learning_rate(
         step,
         config.max_steps,
         config.learning_rate,
@@ -273,6 +274,10 @@ def _set_learning_rate(optimizer: Optimizer, step: int, config: LoopConfig) -> f
         config.decay_fraction,
         config.min_ratio,
     )
+
+
+def _set_learning_rate(optimizer: Optimizer, step: int, config: LoopConfig) -> float:
+    rate = rate_at(step, config)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate

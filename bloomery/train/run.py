@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -41,11 +41,14 @@ def resumable(
     objective: Objective,
     config: LoopConfig,
     headline: str = "loss",
+    before_checkpoint: Callable[[], None] = lambda: None,
+    branch_steps: Iterable[int] = (),
 ) -> Iterator[Step]:
     """`steps`, going on from the newest checkpoint in `output`, leaving new ones, a row of metrics per step and a bar.
 
     batches_from: position → batches; called once, after `state` is restored, so it may use `state.extra`.
-    headline: the metric beside the bar.
+    headline: the metric beside the bar; before_checkpoint: called by all ranks right before each, to check what was
+    done and to bring `state.extra` up to date; branch_steps: steps after which a checkpoint is taken and stays.
 
     A checkpoint is taken after the caller's own lines for that step, so what they log is not lost. Ctrl-C and SIGTERM
     let the step finish and save; then `KeyboardInterrupt` is raised. A second one stops at once. Of several ranks, one
@@ -54,7 +57,8 @@ def resumable(
     require(config.trackers)
     for name, text in what_runs_in_fp8(state.model, config, next(state.model.parameters()).device).items():
         say(f"{output.stage}  {name}: {text}")
-    with Checkpoints(output.checkpoints) as checkpoints, Interruption() as interruption:
+    branches = frozenset(branch_steps)
+    with Checkpoints(output.checkpoints, branch_steps=branches) as checkpoints, Interruption() as interruption:
         resumed = checkpoints.load_latest(state)
         output.metrics.rewind(state.step if resumed else -1)
         if resumed:
@@ -74,7 +78,8 @@ def resumable(
                 bar.update(step.step, _note(step, headline))
                 yield step
                 stop = any_rank(interruption.requested)
-                if last or stop or step.step % config.checkpoint_every_steps == 0:
+                if last or stop or step.step % config.checkpoint_every_steps == 0 or step.step in branches:
+                    before_checkpoint()
                     checkpoints.save(state)
                 if stop:
                     checkpoints.wait()

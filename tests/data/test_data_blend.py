@@ -7,6 +7,7 @@ from bloomery import config as configs
 from bloomery.data import blend
 from bloomery.data.blend import BlendConfig, BlendedRows
 from bloomery.data.dataset import write_rows
+from bloomery.data.pack import to_batch
 from bloomery.data.tokenizer import Tokenizer, train_tokenizer
 from bloomery.data.tokens import RowWriter
 from bloomery.errors import ArtifactError, ConfigError
@@ -82,7 +83,7 @@ def test_one_epoch_learns_every_document_once_and_no_held_out_one(corpus, blende
     out, manifest = blended
     rows = BlendedRows(out)
     whole = [rows._rows[0].take(row) for row in range(len(rows._rows[0]))]
-    batch = blend.to_batch(np.stack([row[0] for row in whole]), [row[1] for row in whole])
+    batch = to_batch(np.stack([row[0] for row in whole]), [row[1] for row in whole])
     learnt = documents_in([batch])
     held_out = documents_in(batch for batch in rows.validation(4) if (batch["source_ids"] == 0).all())
     assert len(learnt) == len(set(learnt)) == 400 - manifest.summary["sources"]["sums"]["validation_documents"]
@@ -141,7 +142,7 @@ def test_documents_longer_than_the_context_are_split_and_counted(corpus, tmp_pat
     rows = BlendedRows(tmp_path / "out")
     tokenizer = blend.load_tokenizer(corpus / "tok")
     taken = [rows._rows[0].take(row) for row in range(len(rows._rows[0]))]
-    batch = blend.to_batch(np.stack([row[0] for row in taken]), [row[1] for row in taken])
+    batch = to_batch(np.stack([row[0] for row in taken]), [row[1] for row in taken])
     texts = [f"long {n}: " + "again and again " * 30 for n in range(20)]
     predicted = sum(len(tokenizer.encode(text)) for text in texts)  # every token but the first, and the end
     assert (batch["labels"] != -100).sum() == predicted
@@ -240,7 +241,7 @@ def test_windows_bound_memory_and_change_no_document(corpus, tmp_path, monkeypat
     rows = BlendedRows(tmp_path / "out")
     assert len(rows._rows[0]._ids) > 5  # several record batches
     taken = [rows._rows[0].take(row) for row in range(len(rows._rows[0]))]
-    batch = blend.to_batch(np.stack([row[0] for row in taken]), [row[1] for row in taken])
+    batch = to_batch(np.stack([row[0] for row in taken]), [row[1] for row in taken])
     learnt = documents_in([batch])
     assert len(learnt) == len(set(learnt)) == 400
 

@@ -149,10 +149,10 @@ def test_a_plan_survives_json_and_its_digest_tells_plans_apart():
 
 def test_ledgers_of_two_ranks_add_up_to_the_plan_and_a_difference_is_named():
     plan = plan_of((6, 2))
-    source, _ = plan.order(0, 8)
+    source, row, _ = plan.draw(0, 8)
     first, second = Ledger(plan.sources, plan.rows), Ledger(plan.sources, plan.rows)
-    first.add(source[:4], np.full(4, 10))
-    second.add(source[4:], np.full(4, 12))
+    first.add(source[:4], row[:4], np.full(4, 10))
+    second.add(source[4:], row[4:], np.full(4, 12))
     total = first + second
     total.verify(plan, 0, 8)
     assert total.summary()["s0"]["sequences"] == 6
