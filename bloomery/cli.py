@@ -195,6 +195,7 @@ def plan_mapping(
     simulate: Annotated[
         Path | None, typer.Option(help="draw how it scales to thousands of GPUs, to this SVG", show_default=False)
     ] = None,
+    write: Annotated[bool, typer.Option("--write", help="put the mapping into the recipe's stage pretrain")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose how to lay a model out over a cluster: memory, exposed communication, bubble and MFU, predicted."""
@@ -203,10 +204,14 @@ def plan_mapping(
     choice = plan.plan(recipe_or_model, cluster, sequence, batch, imbalance)
     if simulate:
         plan.simulate(recipe_or_model, choice, simulate)
+    written = plan.write(recipe_or_model, choice) if write else []
     if as_json:
-        typer.echo(json.dumps(plan.as_json(choice) | ({"picture": str(simulate)} if simulate else {})))
+        found = {"picture": str(simulate)} if simulate else {}
+        typer.echo(json.dumps(plan.as_json(choice) | found | ({"written": written} if write else {})))
         return
     typer.echo(plan.text(choice) + (f"picture: {simulate}" if simulate else ""))
+    if write:
+        typer.echo(f"written into {recipe_or_model}: {', '.join(written)}")
 
 
 @app.command("claim")

@@ -92,6 +92,38 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError(f"{line}not valid YAML: {error.problem}") from None
 
 
+def with_setting(text: str, names: Sequence[str], value: Any) -> str:
+    """YAML `text` with the setting `names` (outermost key first) set to `value`; everything else stays as written.
+
+    The mappings around it must be there; comments and order are kept. Raises `ConfigError` naming a key that is not.
+    """
+    node = yaml.compose(text, Loader=_Loader)
+    for depth, name in enumerate(names):
+        if not isinstance(node, yaml.MappingNode) or not node.value:
+            raise ConfigError(f"{'.'.join(names[:depth])}: expected a mapping that {name} can be written into")
+        found = next((item for key, item in node.value if key.value == name), None)
+        if found is None and depth + 1 < len(names):
+            raise ConfigError(f"{'.'.join(names[: depth + 1])}: not in the file, so nothing can be written into it")
+        parent, node = node, found
+    written = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    if node is not None:
+        return text[: node.start_mark.index] + written + text[_end(node) :]
+    end = _end(parent.value[-1][1])
+    if parent.flow_style:
+        return f"{text[:end]}, {names[-1]}: {written}{text[end:]}"
+    line = text.find("\n", end)
+    end = len(text) if line < 0 else line
+    return f"{text[:end]}\n{' ' * parent.value[0][0].start_mark.column}{names[-1]}: {written}{text[end:]}"
+
+
+def _end(node: yaml.Node) -> int:
+    """Where the last character of a node lies; a block's own mark is behind the comments that follow it."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return node.end_mark.index
+
+
 def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `data` with each `a.b.c=value` set; the value is read as YAML."""
     result = _copy(data)

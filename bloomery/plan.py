@@ -16,6 +16,7 @@ from bloomery.model.config import ModelConfig
 from bloomery.parallel import cluster as clusters
 from bloomery.parallel.cost import ERROR
 from bloomery.parallel.plan import Choice, Plan, choose, describe, parts, scaling, why_slower
+from bloomery.parallel.settings import ParallelConfig
 from bloomery.parallel.work import Batch
 
 SEQUENCE, SEQUENCES = 4096, 1024
@@ -56,6 +57,35 @@ def _batch(model: ModelConfig, seq_len: int | None, sequences: int | None, imbal
     if imbalance < 1:
         raise ConfigError(f"--imbalance {imbalance:g}: the fullest rank over the mean; expected 1 or more")
     return Batch(seq_len or min(SEQUENCE, model.max_position_embeddings), sequences or SEQUENCES, imbalance=imbalance)
+
+
+def write(path: Path, choice: Choice) -> list[str]:
+    """Put the chosen mapping into the recipe at `path`; comments and everything else stay. Returns what was set.
+
+    Raises `ConfigError` where `path` is no recipe or the choice was made for another sequence or batch than its own.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if path.suffix not in (".yaml", ".yml") or "stages" not in configs.read_yaml(path):
+        raise ConfigError(f"{path}: --write needs a recipe, whose stage pretrain then has the mapping")
+    _, seq_len, sequences = read(path)
+    if (choice.batch.seq_len, choice.batch.sequences) != (seq_len, sequences):
+        raise ConfigError(
+            f"{path}: chosen for {choice.batch.sequences:,} sequences of {choice.batch.seq_len:,} tokens, but the "
+            "recipe says other sizes; change them there, then plan without --sequence and --batch"
+        )
+    _, steps = recipe.load(path)
+    name = next(step.name for step in steps if step.stage == "pretrain")
+    for names, value in _written(choice.best[0]).items():
+        text = configs.with_setting(text, ("stages", name, *names), value)
+    artifact.write_text(path, text)
+    recipe.load(path)
+    return [".".join((name, *names)) for names in _written(choice.best[0])]
+
+
+def _written(one: Plan) -> dict[tuple[str, ...], Any]:
+    usual = ParallelConfig().model_dump()
+    degrees = {key: value for key, value in one.mapping.model_dump().items() if value != usual[key]}
+    return {("parallel",): degrees, ("loop", "micro_batch_size"): one.micro_batch_size}
 
 
 def as_json(choice: Choice) -> dict[str, Any]:

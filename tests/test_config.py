@@ -106,3 +106,43 @@ def test_identity_leaves_out_paths_and_run_only_settings():
     assert base == config.identity(build(data="elsewhere", loop={"log_every": 99}))
     assert base != config.identity(build(data="d", loop={"learning_rate": 5}))
     assert base != config.identity(build(data="d", sizes=[{}]))
+
+
+RECIPE = """\
+# before
+base:  # the model
+  loop: {max_steps: 5, batch_size: 2}  # steps
+  parallel:
+    tensor: 2
+    # of two
+  seed: 1  # last
+
+# after
+next: {loop: {batch_size: 4}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "old", "new"),
+    [
+        (("base", "loop", "batch_size"), 8, "batch_size: 2}", "batch_size: 8}"),
+        (("base", "loop", "micro"), 1, "batch_size: 2}", "batch_size: 2, micro: 1}"),
+        (("base", "parallel"), {"expert": 4}, "tensor: 2\n    # of two", "{expert: 4}\n    # of two"),
+        (("base", "new"), {"a": [1]}, "seed: 1  # last", "seed: 1  # last\n  new: {a: [1]}"),
+        (("next", "loop", "deep"), None, "batch_size: 4}}", "batch_size: 4, deep: null}}"),
+    ],
+)
+def test_one_setting_changes_and_the_rest_stays_as_written(names, value, old, new):
+    changed = config.with_setting(RECIPE, names, value)
+    assert changed == RECIPE.replace(old, new)
+    found = config.parse_yaml(changed)
+    for name in names:
+        found = found[name]
+    assert found == value
+
+
+def test_a_setting_needs_its_place():
+    with pytest.raises(ConfigError, match=r"base\.missing: not in the file"):
+        config.with_setting(RECIPE, ("base", "missing", "a"), 1)
+    with pytest.raises(ConfigError, match=r"base\.seed: expected a mapping that a can be written into"):
+        config.with_setting(RECIPE, ("base", "seed", "a"), 1)

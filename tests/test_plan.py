@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bloomery import cli, plan
+from bloomery import cli, plan, recipe
 from bloomery.config import build, parse_yaml
 from bloomery.errors import ConfigError
 from bloomery.model import hf
@@ -78,6 +78,35 @@ def test_a_recipe_says_its_batch_itself():
     model, seq_len, sequences = plan.read(ROOT / "recipes" / "tiny.yaml")
     assert (choice.batch.seq_len, choice.batch.sequences) == (seq_len, sequences) == (128, 32)
     assert model.vocab_size == 512
+
+
+def test_the_mapping_is_written_into_the_recipe(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text((ROOT / "recipes" / "tiny-moe.yaml").read_text())
+    code, out, _ = call(monkeypatch, capsys, str(file), "--cluster", "8xH100", "--write")
+    assert code == 0
+    assert out.endswith(f"written into {file}: base.parallel, base.loop.micro_batch_size\n")
+    _, steps = recipe.load(file)
+    [base] = [step.config for step in steps if step.stage == "pretrain"]
+    chosen = plan.plan(file, "8xH100", None, None).best[0]
+    assert base.parallel.mapping(8) == chosen.mapping
+    assert base.loop.micro_batch_size == chosen.micro_batch_size
+    before, after = (ROOT / "recipes" / "tiny-moe.yaml").read_text().splitlines(), file.read_text().splitlines()
+    assert [line for line in before if line.lstrip().startswith("#")] == [
+        line for line in after if line.lstrip().startswith("#")
+    ]
+    assert len(set(before) - set(after)) <= 2
+
+
+def test_a_mapping_for_other_sizes_is_not_written(monkeypatch, capsys, tmp_path, model):
+    file = tmp_path / "recipe.yaml"
+    file.write_text((ROOT / "recipes" / "tiny-moe.yaml").read_text())
+    code, _, err = call(monkeypatch, capsys, str(file), "--cluster", "8xH100", "--batch", "64", "--write")
+    assert code == 2
+    assert "chosen for 64 sequences of 128 tokens, but the recipe says other sizes" in err
+    code, _, err = call(monkeypatch, capsys, str(model), "--cluster", "8xH100", "--batch", "64", "--write")
+    assert code == 2
+    assert "--write needs a recipe" in err
 
 
 def test_a_model_folder(tmp_path, model):
