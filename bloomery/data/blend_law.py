@@ -203,8 +203,8 @@ def refuse_small(table: Table) -> None:
     blends, wanted = int(table.groups.max()) + 1, max(_LEAST_ROWS, _ROWS_AN_UNKNOWN * table.unknowns)
     if blends < wanted:
         raise ConfigError(
-            f"the table holds {blends} different blends that vary {table.unknowns} numbers; expected at least {wanted}: "
-            "run more blends, or fix some weights"
+            f"the table holds {blends} different blends that vary {table.unknowns} numbers; expected at least "
+            f"{wanted}: run more blends, or fix some weights"
         )
 
 
