@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from bloomery import config as configs
 from bloomery import recipe
@@ -447,5 +447,40 @@ def _stage_verb(stage: str) -> Any:
     return verb
 
 
+class StageGroup(TyperGroup):
+    """A stage that has verbs of its own: what is none of them goes to the stage, as in `bloomery blend config.yaml`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = args and self.get_command(ctx, args[0]) is not None
+        return super().resolve_command(ctx, args if known else [self.name or "", *args])
+
+
+blend = typer.Typer(cls=StageGroup, no_args_is_help=True, help="Blends: the stage, and what it will read.")
+app.add_typer(blend, name="blend")
+
+
+@blend.command("explain")
+def blend_explain(
+    recipe_or_plan: Annotated[Path, typer.Argument(help="a recipe, a blend's settings, its folder or its plan.json")],
+    overrides: Overrides = None,
+    picture: Annotated[Path | None, typer.Option(help="draw the phases to this SVG", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens and epochs of every source in every phase, exact; fails where a source is read above its max_epochs."""
+    from bloomery import blends
+
+    found = blends.explain(recipe_or_plan, overrides or [])
+    if picture:
+        blends.draw(found, picture)
+    if as_json:
+        typer.echo(json.dumps({name: explanation.as_json() for name, explanation in found.items()}))
+    else:
+        typer.echo("\n\n".join(f"{name}\n{explanation.text()}" for name, explanation in found.items()))
+    over = [text for explanation in found.values() for text in explanation.over.values()]
+    if over:
+        raise configs.ConfigError("\n".join(over))
+
+
+_GROUPS = {"blend": blend}
 for _stage in recipe.STAGES:
-    app.command(_stage, cls=StageCommand)(_stage_verb(_stage))
+    _GROUPS.get(_stage, app).command(_stage, cls=StageCommand)(_stage_verb(_stage))

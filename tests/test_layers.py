@@ -24,9 +24,22 @@ ALLOWED["chat"] = ALLOWED["serve"] = ALLOWED["train"] | {"train", "generate"}
 ALLOWED["recipe"] = ALLOWED["evaluate"] | {"compress", "synthesize", "posttrain", "evaluate", "report"}
 ALLOWED["claim"] = ALLOWED["recipe"] | {"recipe"}
 ALLOWED["plan"] = ALLOWED["claim"] | {"claim"}
-ALLOWED["cli"] = ALLOWED["plan"] | {"plan", "chat", "serve"}
+ALLOWED["blends"] = ALLOWED["claim"] | {"claim"}
+ALLOWED["cli"] = ALLOWED["plan"] | {"plan", "blends", "chat", "serve"}
 ALLOWED["__main__"] = {"cli"}
-WITHOUT_TORCH = {"errors", "config", "artifact", "progress", "verify", "report", "recipe", "claim", "plan", "cli"}
+WITHOUT_TORCH = {
+    "errors",
+    "config",
+    "artifact",
+    "progress",
+    "verify",
+    "report",
+    "recipe",
+    "claim",
+    "plan",
+    "blends",
+    "cli",
+}
 
 
 def imported(file: Path) -> set[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from bloomery import artifact
 from bloomery.artifact import Manifest, Output
 from bloomery.data.blend_config import (
+    FEW,
     BlendConfig,
     BlendSource,
     Held,
@@ -33,8 +34,6 @@ from bloomery.data.tokens import RowWriter, shard
 from bloomery.errors import ArtifactError, ConfigError
 from bloomery.progress import say
 
-FEW = 100
-"""Sequences of a source under which a run says nothing about it."""
 _DOCUMENTS_PER_ENCODE = 512
 
 

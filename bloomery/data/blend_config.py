@@ -14,6 +14,9 @@ from bloomery.data.dataset import check_source_name
 from bloomery.data.plan import Phase, Plan, check_weights, largest_remainder, make_plan
 from bloomery.errors import ConfigError
 
+FEW = 100
+"""Sequences of a source under which a run says hardly anything about it."""
+
 
 class BlendSource(Config):
     """One source of the blend."""

@@ -204,8 +204,8 @@ def _check_same_tokens(config: PretrainConfig, tokenizer: Tokenizer) -> None:
     differing = [token for token, number in own.items() if used.get(token) != number]
     if differing:
         raise ConfigError(
-            f"{'init' if config.init else 'trunk'}: the tokenizer of {config.origin} and that of {config.tokens} differ "
-            f"in {len(differing)} tokens, first {differing[0]!r}; blend with the model's own tokenizer"
+            f"{'init' if config.init else 'trunk'}: the tokenizer of {config.origin} and that of {config.tokens} "
+            f"differ in {len(differing)} tokens, first {differing[0]!r}; blend with the model's own tokenizer"
         )
 
 
