@@ -62,16 +62,17 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(up))
         self.down_proj = nn.Parameter(torch.empty(up[0], up[2], up[1]))
         self.plain, self.gated = activation.PLAIN[config.mlp_hidden_act], activation.GATED[config.mlp_hidden_act]
+        self.product = _grouped_linear  # swap point: who needs each product's input and gradient watches it here
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x (rows, width) sorted by expert, `counts` (experts,) rows of each → (rows, width)."""
         ends = counts.cumsum(0, dtype=torch.int32)
-        inner = _grouped_linear(x, self.up_proj, ends)
+        inner = self.product(x, self.up_proj, ends)
         if self.gate_proj is None:
             inner = self.plain(inner)
         else:
-            inner = self.gated(_grouped_linear(x, self.gate_proj, ends), inner)
-        return _grouped_linear(inner, self.down_proj, ends)
+            inner = self.gated(self.product(x, self.gate_proj, ends), inner)
+        return self.product(inner, self.down_proj, ends)
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
