@@ -13,7 +13,6 @@ from bloomery.posttrain.objectives import (
     Baseline,
     Scale,
     advantages,
-    degenerate,
     overlong_penalty,
     row_weights,
 )
@@ -53,15 +52,9 @@ def micro_batches(
     neither trained on nor counted. A sample with advantage 0 is counted, unless `active_only`, and, unless `keep_all`,
     not computed: its gradient is zero.
     """
-    values = _advantages(rollouts, max_new_tokens, baseline, scale, overlong)
-    counted = rollouts.valid & (rollouts.valid.sum(-1, keepdim=True) > 1)
-    if overlong.filter:  # after the advantages: a cut-off sample still is part of its group's baseline
-        counted = counted & ~rollouts.truncated
-    if active_only:
-        counted = counted & (values != 0)
-    tokens = rollouts.lengths * counted
-    group_tokens = tokens.sum(-1, keepdim=True).expand_as(tokens).flatten()
-    weights, parts = row_weights(tokens.flatten(), aggregation, group_tokens, max_new_tokens)
+    found = _weighed(rollouts, aggregation, max_new_tokens, baseline, scale, overlong, active_only)
+    values, weights, parts = found.advantages, found.weights, found.parts
+    counted = found.tokens > 0
     chosen = counted & (torch.ones_like(counted) if keep_all else values != 0)
     places = chosen.flatten().nonzero().flatten().tolist()
     rows = [Row(rollouts.samples[i], values.flatten()[i].item(), weights[i].item()) for i in places]
@@ -73,13 +66,69 @@ def micro_batches(
     return batches
 
 
+def gradient_shares(
+    rollouts: Rollouts, aggregation: Aggregation, max_new_tokens: int, baseline: Baseline = "group_mean",
+    scale: Scale = "group_std", overlong: Overlong = _AT_FACE_VALUE, active_only: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Domain → its share of Σ w · m · |A|, w being the aggregation's weight of a token (1 under `token_mean`), m the
+    learnt tokens: how much each domain has to say in the step. Empty where nothing is learnt."""
+    found = _weighed(rollouts, aggregation, max_new_tokens, baseline, scale, overlong, active_only)
+    said = (found.weights * found.tokens.flatten() * found.advantages.flatten().abs()).tolist()
+    sums: dict[str, float] = {}
+    for sample, value in zip(rollouts.samples, said, strict=True):
+        sums[sample.prompt.domain] = sums.get(sample.prompt.domain, 0.0) + value
+    total = sum(sums.values())
+    return {domain: value / total for domain, value in sums.items()} if total else {}
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """Of each sample its advantage and the learnt tokens, (groups, samples); the weight of each token's loss and its
+    part of the denominator, (samples,)."""
+
+    advantages: Tensor
+    tokens: Tensor
+    weights: Tensor
+    parts: Tensor
+
+
+def _weighed(
+    rollouts: Rollouts, aggregation: Aggregation, max_new_tokens: int, baseline: Baseline, scale: Scale,
+    overlong: Overlong, active_only: bool,
+) -> _Weighed:  # fmt: skip
+    values = _advantages(rollouts, max_new_tokens, baseline, scale, overlong)
+    counted = rollouts.valid & (rollouts.valid.sum(-1, keepdim=True) > 1)
+    if overlong.filter:  # after the advantages: a cut-off sample still is part of its group's baseline
+        counted = counted & ~rollouts.truncated
+    if active_only:
+        counted = counted & (values != 0)
+    tokens = rollouts.lengths * counted
+    group_tokens = tokens.sum(-1, keepdim=True).expand_as(tokens).flatten()
+    domain = _domains(rollouts, tokens) if aggregation == "domain_balanced" else (None, None)
+    weights, parts = row_weights(tokens.flatten(), aggregation, group_tokens, max_new_tokens, *domain)
+    return _Weighed(values, tokens, weights, parts)
+
+
+def _domains(rollouts: Rollouts, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each sample's domain the learnt tokens and the share of the groups, among domains with any; (samples,)."""
+    names = [group[0].prompt.domain for group in rollouts.groups]
+    learnt: dict[str, int] = dict.fromkeys(names, 0)
+    for name, count in zip(names, tokens.sum(-1).tolist(), strict=True):
+        learnt[name] += count
+    groups = sum(learnt[name] > 0 for name in names)
+    shares = {name: names.count(name) / max(groups, 1) for name in learnt}
+    size = tokens.shape[-1]
+    spread = torch.tensor([[learnt[name], shares[name]] for name in names], dtype=torch.float64)
+    return spread[:, 0].repeat_interleave(size), spread[:, 1].repeat_interleave(size)
+
+
 def _advantages(
     rollouts: Rollouts, max_new_tokens: int, baseline: Baseline, scale: Scale, overlong: Overlong
 ) -> Tensor:
     """(groups, samples). Of verdicts shaped by length; a group whose bare verdicts are equal teaches nothing."""
     shaped = rollouts.rewards + overlong_penalty(rollouts.lengths, max_new_tokens, overlong.penalty_tokens)
     found = advantages(shaped, rollouts.valid, baseline, scale)
-    return found.masked_fill(degenerate(rollouts.rewards, rollouts.valid)[:, None], 0.0)
+    return found.masked_fill(rollouts.degenerate[:, None], 0.0)
 
 
 def split_by_length(rows: Sequence[Row], most: int) -> list[list[Row]]:

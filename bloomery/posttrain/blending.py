@@ -1,6 +1,6 @@
 """Prompts of several domains, forms and sources in fixed shares, each source in an order of its own."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class BlendedCurriculum:
             _name(cell): own for (cell, own), share in zip(found.items(), shares.tolist(), strict=True) if share
         }
         self.weights = shares[shares > 0]
+        self._groups = [group for (group, _), share in zip(found, shares.tolist(), strict=True) if share]
         self._places = {
             position: (name, place) for name, own in self.cells.items() for place, position in enumerate(own)
         }
@@ -49,13 +50,17 @@ class BlendedCurriculum:
             for name, own in self.cells.items()
         }
 
-    def take(self, count: int, phase: Sampling, progress: MutableMapping[str, Any]) -> list[int]:
+    def take(
+        self, count: int, phase: Sampling, progress: MutableMapping[str, Any], groups: Collection[str] | None = None
+    ) -> list[int]:
         """The next `count` positions, each part of them in about the shares of the whole. Raises `AllSolved` when no
-        cell has a prompt left, and `ConfigError` where one has none of the phase's difficulty."""
+        cell has a prompt left, and `ConfigError` where one has none of the phase's difficulty.
+
+        groups: only of these, as long as one of them has prompts."""
         progress["phase"] = phase.number
         taken: dict[str, list[int]] = {name: [] for name in self.cells}
         while missing := count - sum(map(len, taken.values())):
-            self._take_some(missing, phase, progress, taken)
+            self._take_some(missing, phase, progress, taken, groups)
         progress["draws"] = progress.get("draws", 0) + 1
         progress["prompts_drawn"] = progress.get("prompts_drawn", 0) + count
         waiting = {name: iter(own) for name, own in taken.items()}
@@ -63,11 +68,14 @@ class BlendedCurriculum:
         return [next(waiting[names[cell]]) for cell in interleaved([len(own) for own in taken.values()])]
 
     def _take_some(
-        self, missing: int, phase: Sampling, progress: MutableMapping[str, Any], taken: dict[str, list[int]]
-    ) -> None:
+        self, missing: int, phase: Sampling, progress: MutableMapping[str, Any], taken: dict[str, list[int]],
+        groups: Collection[str] | None,
+    ) -> None:  # fmt: skip
         """One round over the cells that take part; less than `missing` where one of them ends in it."""
         ended = progress.setdefault("ended", [])
         alive = np.array([name not in ended for name in self.cells])
+        asked = alive & np.array([groups is None or group in groups for group in self._groups])
+        alive = asked if asked.any() else alive
         shares = np.where(alive, self.weights, 0)
         counts = Systematic(shares / shares.sum(), missing, self.seed).counts(progress.get("draws", 0))
         for name, wanted in zip(self.cells, counts.tolist(), strict=True):

@@ -12,7 +12,9 @@ from torch import Tensor
 
 Baseline = Literal["group_mean", "leave_one_out"]
 Scale = Literal["group_std", "none", "batch_std"]
-Aggregation = Literal["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+Aggregation = Literal[
+    "token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm", "domain_balanced"
+]
 Mismatch = Literal["tis", "mask", "seq_mask", "seq_trunc"]
 
 SPREAD = 1e-8
@@ -138,8 +140,9 @@ def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
 
 
 def row_weights(
-    lengths: Tensor, how: Aggregation, group_tokens: Tensor | None = None, max_tokens: int | None = None
-) -> tuple[Tensor, Tensor]:
+    lengths: Tensor, how: Aggregation, group_tokens: Tensor | None = None, max_tokens: int | None = None,
+    domain_tokens: Tensor | None = None, domain_shares: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(weight of each token's loss, part of the denominator) for completions of `lengths` tokens, both (rows,) fp64.
 
     The aggregated loss of a step is Σ weight · loss / Σ part over all its rows, however they are split. A row of length
@@ -149,6 +152,9 @@ def row_weights(
       tokens in the whole group a row belongs to, wherever its other rows are.
     - `seq_mean_token_mean`: mean inside each completion, then over completions (GRPO).
     - `seq_mean_token_sum_norm`: sum over each completion divided by the constant `max_tokens` (Dr. GRPO).
+    - `domain_balanced`: token mean inside each domain, then the mean of domains by their shares: `domain_tokens` and
+      `domain_shares` (rows,) are of the domain that a row belongs to, wherever its other rows are. So that long answers
+      of one domain do not rule the step (Nemotron-CrossThink, arXiv 2504.13941).
     """
     sizes = lengths.double()
     present = (sizes > 0).double()
@@ -157,6 +163,11 @@ def row_weights(
     if how == "group_token_mean":
         assert group_tokens is not None, "group_token_mean needs the token count of each row's group"
         share = present / group_tokens.double().clamp(min=1)
+        return share, sizes * share
+    if how == "domain_balanced":
+        assert domain_tokens is not None, "domain_balanced needs the token count of each row's domain"
+        assert domain_shares is not None, "domain_balanced needs the share of each row's domain"
+        share = present * domain_shares.double() / domain_tokens.double().clamp(min=1)
         return share, sizes * share
     if how == "seq_mean_token_mean":
         return present / sizes.clamp(min=1), present

@@ -31,8 +31,10 @@ from bloomery.parallel.apply import Parallel
 from bloomery.parallel.world import world
 from bloomery.posttrain.audit import stored_rows
 from bloomery.posttrain.batches import from_json, micro_batches, to_json
+from bloomery.posttrain.blending import open_curriculum
 from bloomery.posttrain.curate import PassRate, pass_rates
-from bloomery.posttrain.curriculum import AllSolved, Curriculum
+from bloomery.posttrain.curriculum import AllSolved
+from bloomery.posttrain.domains import require_forms
 from bloomery.posttrain.generators import Generator, open_generator
 from bloomery.posttrain.policy import PolicyGradient, add_logprobs
 from bloomery.posttrain.ranks import Ranks
@@ -57,13 +59,14 @@ def run(config: RLConfig, out: Path) -> Manifest:
             return artifact.read_manifest(output.path)  # type: ignore[return-value]
         start, drops = open_model(config.model), Drops()
         prompts = distinct(_load_prompts(config, start, drops), drops)
+        require_forms(prompts, config)
         self_test(sorted({prompt.verifier for prompt in prompts}))
         state, whole = _spread(config, start)
         ranks = Ranks(state.parallel)
         with open_pool(config.verify_on, config.workers, config.require_think) as pool:
             if config.check_answers:
                 prompts = winnable(prompts, pool, config.require_think, drops, ranks)
-            curriculum = Curriculum(prompts, config.seed, config.drop_solved, _rates_before(config))
+            curriculum = open_curriculum(prompts, config, _rates_before(config))
             generator = _generator(config, output, start, state, whole, prompts, ranks)
             sampler = Sampler(generator, pool, curriculum, stop_token_ids(start.tokenizer), config, ranks)
             solved = _Training(config, output, start, state, sampler, ranks).run()

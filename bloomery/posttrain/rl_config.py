@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import model_validator
 
 from bloomery.config import RUN_ONLY, Config, DatasetDir, Field, ModelDir, RawPath
+from bloomery.data.prompt_blend import PromptBlend
 from bloomery.parallel.settings import ParallelConfig
 from bloomery.posttrain.objectives import Aggregation, Baseline, Mismatch, Scale
 from bloomery.train.loop import LoopConfig
+from bloomery.verify import Reward
 
 
 class Phase(Config):
@@ -78,6 +80,24 @@ class Overlong(Config):
     )
 
 
+class DomainTripwires(Config):
+    """When one domain of several stops the run; means over the draws of `tripwires.window`."""
+
+    max_degenerate: float = Field(
+        default=0.99, ge=0, le=1, description="share of a domain's groups with equal rewards; 1: never"
+    )
+    max_truncated: float = Field(
+        default=0.95, ge=0, le=1, description="share of a domain's completions that are cut off; 1: never"
+    )
+    min_format: float = Field(
+        default=0.02, ge=0, le=1, description="share of a domain's completions in the form that `reward` asks for"
+    )
+    min_label_entropy: float = Field(
+        default=0.4, ge=0, le=1, description="multiple choice: entropy of the labels chosen, as a share of an even "
+        "choice's",
+    )  # fmt: skip
+
+
 class Tripwires(Config):
     """When a run stops by itself, before it learns from what it sees."""
 
@@ -96,7 +116,8 @@ class Tripwires(Config):
     )
     max_truncated: float = Field(default=0.9, ge=0, le=1, description="share of cut-off completions, window mean")
     min_entropy: float = Field(default=0.01, ge=0, description="nats per token, window mean")
-    window: int = Field(default=20, gt=0, description="steps that the last three are averaged over")
+    domains: DomainTripwires = Field(default=DomainTripwires(), description="limits of each domain, where several are")
+    window: int = Field(default=20, gt=0, description="steps that the last four are averaged over")
 
 
 class EngineGenerator(Config):
@@ -151,11 +172,22 @@ class RLConfig(Config):
     phases: tuple[Phase, ...] = Field(
         default=(), description="what changes on the way: lengths, group sizes, difficulty; in order"
     )
+    blend: PromptBlend | None = Field(
+        default=None,
+        description="shares of a step's prompts by domain, form or source; null: each prompt once an epoch",
+    )
+    blend_on_active: bool = Field(
+        default=False, description="dynamic sampling part by part, so that the blend holds among the groups that are "
+        "learnt; for max_gen_batches above 1",
+    )  # fmt: skip
     rollouts: RawPath | None = Field(
         default=None, description="stored rollouts or an evaluation of these prompts: their pass rates before this run"
     )
     drop_solved: float | None = Field(
         default=None, gt=0, le=1, description="from this pass rate in one epoch a prompt is left out of all later ones"
+    )
+    reward: Reward | None = Field(
+        default=None, description="how the answer and its form make the reward, {} for both together; null: the answer"
     )
     baseline: Baseline = Field(default="group_mean", description="what a reward is compared with")
     advantage_scale: Scale = Field(default="group_std", description="what the comparison is divided by; none: Dr. GRPO")
@@ -243,8 +275,13 @@ class RLConfig(Config):
                 "clip, for example {low: 0.2, high: 0.28}"
             )
         asks_rates = any(phase.above is not None or phase.at_most < 1 for phase in self.phases)
-        if self.rollouts is not None and not asks_rates:
+        by_rate = self.blend is not None and self.blend.difficulty
+        if self.rollouts is not None and not asks_rates and not by_rate:
             raise ValueError("rollouts: without effect, no phase asks for pass rates; set above or at_most in a phase")
+        if self.blend_on_active and (self.blend is None or self.max_gen_batches == 1):
+            raise ValueError("blend_on_active: without effect without a blend and max_gen_batches above 1; set both")
+        if self.rollouts is None and by_rate:
+            raise ValueError("blend.difficulty: weights by pass rates; give rollouts of these prompts")
         return self
 
     @model_validator(mode="after")

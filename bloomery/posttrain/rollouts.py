@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from bloomery.data.prompts import Prompt
 from bloomery.generate import Completion, Request, SamplingParams, derive_seed
 from bloomery.posttrain.objectives import degenerate
 from bloomery.posttrain.ranks import Ranks
-from bloomery.verify import Verdict
+from bloomery.verify import Reward, Verdict, form_of
+from bloomery.verify.reward import FORMLESS
 
 
 class Source(Protocol):
@@ -39,11 +40,32 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion of one prompt and its verdict."""
+    """One completion of one prompt and its verdict.
+
+    form: whether its form was kept, `None` where the verifier asks for none; paid: what is learnt from, the verdict
+    where that is `None`.
+    """
 
     prompt: Prompt
     completion: Completion
     verdict: Verdict
+    form: Verdict | None = None
+    paid: Verdict | None = None
+
+    @classmethod
+    def of(
+        cls, prompt: Prompt, completion: Completion, verdict: Verdict, reward: Reward | None, require_think: bool
+    ) -> Self:
+        """With its form judged, and paid as `reward` says."""
+        if prompt.verifier in FORMLESS:
+            return cls(prompt, completion, verdict)
+        form = form_of(completion.text or "", require_think)
+        return cls(prompt, completion, verdict, form, None if reward is None else reward.of(verdict, form))
+
+    @property
+    def reward(self) -> float | None:
+        """What is learnt from; `None` where the completion could not be judged."""
+        return (self.paid or self.verdict).score
 
     @property
     def tokens(self) -> int:
@@ -79,8 +101,8 @@ class Rollouts:
 
     @cached_property
     def rewards(self) -> Tensor:
-        """(groups, samples) fp64: the bare verdicts; 0 where there is none, which `valid` tells apart."""
-        return torch.tensor([[s.verdict.score or 0.0 for s in group] for group in self.groups], dtype=torch.float64)
+        """(groups, samples) fp64: before any length counts; 0 where there is none, which `valid` tells apart."""
+        return torch.tensor([[s.reward or 0.0 for s in group] for group in self.groups], dtype=torch.float64)
 
     @cached_property
     def valid(self) -> Tensor:
@@ -102,13 +124,18 @@ class Rollouts:
         """Share of prompts whose tokens are those of an earlier prompt here."""
         return 1 - len({group[0].prompt.ids for group in self.groups}) / len(self.groups)
 
+    @cached_property
+    def degenerate(self) -> Tensor:
+        """(groups,) bool: samples of equal reward, which teach nothing."""
+        return degenerate(self.rewards, self.valid)
+
     def mixed(self, skip_truncated: bool = False) -> list[Group]:
         """The groups with samples of different reward, which alone teach something.
 
         By the bare verdicts: a reward shaped by length would make a signal of groups that are all wrong.
         skip_truncated: cut-off samples are not learnt, so a group needs another one.
         """
-        flat = degenerate(self.rewards, self.valid)
+        flat = self.degenerate
         if skip_truncated:
             flat = flat | (self.truncated | ~self.valid).all(-1)
         return [group for group, is_flat in zip(self.groups, flat.tolist(), strict=True) if not is_flat]
@@ -116,11 +143,11 @@ class Rollouts:
     def metrics(self) -> dict[str, float]:
         """Shares over judged samples, and mean lengths by outcome; a mean over nothing is left out."""
         judged = [s for s in self.samples if s.verdict.score is not None]
-        flat = degenerate(self.rewards, self.valid)
-        solved = (self.rewards * self.valid).sum(-1) > 0
+        flat = self.degenerate
+        solved = self.rewards.amax(-1) >= 1
         found = {
             "accuracy": _mean([s.verdict.correct for s in judged]),
-            "reward": _mean([s.verdict.score or 0.0 for s in judged]),
+            "reward": _mean([s.reward or 0.0 for s in judged]),
             "groups_all_wrong": (flat & ~solved).double().mean().item(),
             "groups_all_right": (flat & solved).double().mean().item(),
             "completion_tokens": _mean([s.tokens for s in self.samples]),
@@ -150,13 +177,14 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def roll_out(
     source: Source, judge: Judge, prompts: Sequence[Prompt], group_size: int, params: SamplingParams,
-    seed: Sequence[int | str], ranks: Ranks | None = None,
+    seed: Sequence[int | str], ranks: Ranks | None = None, reward: Reward | None = None, require_think: bool = False,
 ) -> Rollouts:  # fmt: skip
     """Sample `group_size` completions of each prompt; each is judged while others are still being written.
 
     A sample's seed is derived from (*seed, position of its prompt, its number): the same call writes the same text.
     A bug of a verifier is raised as soon as the next completion is there, and the rest is not written.
-    ranks: those that share the work; every rank returns all samples.
+    ranks: those that share the work; every rank returns all samples. reward: how a verdict and the form make what is
+    paid; `None`: the verdict alone. require_think: whether that form has a `</think>`.
     """
     ranks = ranks or Ranks()
     own = ranks.share(len(prompts) * group_size)
@@ -180,7 +208,7 @@ def roll_out(
     judged = [(completion, verdict.result()) for _, (completion, verdict) in sorted(pending.items())]
     everyone = ranks.gather((judged, clock.seconds()))
     found = [pair for pairs, _ in everyone for pair in pairs]
-    samples = [Sample(prompts[i // group_size], *pair) for i, pair in enumerate(found)]
+    samples = [Sample.of(prompts[i // group_size], *pair, reward, require_think) for i, pair in enumerate(found)]
     groups = [samples[start : start + group_size] for start in range(0, len(samples), group_size)]
     return Rollouts(groups, _slowest([seconds for _, seconds in everyone]))
 

@@ -8,7 +8,9 @@ from bloomery.data.document import Drops
 from bloomery.data.prompts import Prompt
 from bloomery.errors import ArtifactError, DivergenceError
 from bloomery.generate import SamplingParams
+from bloomery.posttrain.blending import BlendedCurriculum
 from bloomery.posttrain.curriculum import Curriculum
+from bloomery.posttrain.domains import DomainWatch, Wanted, domain_metrics, learnt_metrics
 from bloomery.posttrain.generators import Generator
 from bloomery.posttrain.ranks import Ranks
 from bloomery.posttrain.rl_config import RLConfig, Sampling
@@ -34,48 +36,58 @@ class Sampler:
     """
 
     def __init__(
-        self, generator: Generator, pool: Pool, curriculum: Curriculum, stop_token_ids: Sequence[int], config: RLConfig,
-        ranks: Ranks,
+        self, generator: Generator, pool: Pool, curriculum: Curriculum | BlendedCurriculum,
+        stop_token_ids: Sequence[int], config: RLConfig, ranks: Ranks,
     ):  # fmt: skip
         self.ranks, self.generator, self.pool, self.curriculum, self.config = ranks, generator, pool, curriculum, config
         self._stop, self.watch = tuple(stop_token_ids), Watch(config.tripwires)
+        self.domains = DomainWatch(config)
         self.latest: Rollouts | None = None
 
     def draw(self, step: int, progress: MutableMapping[str, Any]) -> Drawn:
         """What optimizer step `step` learns from first. `progress` holds all that changes; resumed with it, a run draws
         the next prompts and writes the same texts.
 
-        Draws again while no group has any signal; with `max_gen_batches` above 1, until `num_prompts` groups have one
-        or the cap is reached (dynamic sampling, DAPO section 3.2). Raises `DivergenceError` when `max_redraws` are used
-        up, and what the tripwires raise.
+        Draws again while no group has any signal; with `max_gen_batches` above 1, until `num_prompts` groups have one,
+        with `blend_on_active` each part of the blend its number of them, or the cap is reached (dynamic sampling, DAPO
+        section 3.2). Raises `DivergenceError` when `max_redraws` are used up, and what the tripwires raise.
         """
         config, sampling = self.config, self.config.sampling(step)
         self.generator.update()  # the weights may have changed since the last draw
         sampled: list[Rollouts] = []
-        kept: list[Group] = []
-        while not kept or (len(kept) < config.num_prompts and len(sampled) < config.max_gen_batches):
+        wanted = Wanted(config.num_prompts, config.blend if config.blend_on_active else None)
+        while not wanted.kept or (wanted.missing and len(sampled) < config.max_gen_batches):
             if len(sampled) > max(config.max_redraws, config.max_gen_batches - 1):
                 self._give_up(len(sampled))
-            sampled.append(self._roll_out(sampling, progress))
-            kept += self._worth_learning(sampled[-1])
-        rollouts = Rollouts(kept[: config.num_prompts], sampled[-1].seconds)
-        return Drawn(rollouts, sampling, self._metrics(sampled, rollouts, progress))
+            sampled.append(self._roll_out(sampling, progress, wanted.parts))
+            wanted.add(sampled[-1], self._worth_learning(sampled[-1]))
+        rollouts = Rollouts(wanted.kept, sampled[-1].seconds)
+        return Drawn(rollouts, sampling, self._metrics(sampled, rollouts, sampling, progress))
 
-    def _roll_out(self, sampling: Sampling, progress: MutableMapping[str, Any]) -> Rollouts:
+    def _roll_out(
+        self, sampling: Sampling, progress: MutableMapping[str, Any], parts: Sequence[str] | None
+    ) -> Rollouts:
         config, first = self.config, progress.get("prompts_drawn", 0)
-        positions = self.curriculum.take(config.num_prompts, sampling, progress)
+        if parts is None or isinstance(self.curriculum, Curriculum):
+            positions = self.curriculum.take(config.num_prompts, sampling, progress)
+        else:
+            positions = self.curriculum.take(config.num_prompts, sampling, progress, parts)
         prompts = [self.curriculum.prompts[position] for position in positions]
         params = SamplingParams(
             max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, stop_token_ids=self._stop
         )
         canaries = Canaries(self.pool, prompts, config.tripwires.canaries, config.require_think)
-        seed = (config.seed, first)
-        rollouts = roll_out(self.generator, self.pool, prompts, sampling.group_size, params, seed, self.ranks)
+        rollouts = roll_out(
+            self.generator, self.pool, prompts, sampling.group_size, params, (config.seed, first), self.ranks,
+            config.reward, config.require_think,
+        )  # fmt: skip
         self.latest = rollouts
         self.ranks.together(canaries.check)
         check_rollouts(rollouts, config.tripwires, self.generator.weight_version)
-        flat = 1 - len(rollouts.mixed()) / len(rollouts.groups)
-        self.watch.see({"degenerate": flat, "truncated": rollouts.metrics()["truncated"]}, progress)
+        if parts is None:  # what only a part of the blend gave says nothing of the whole
+            flat = rollouts.degenerate.double().mean().item()
+            self.watch.see({"degenerate": flat, "truncated": rollouts.metrics()["truncated"]}, progress)
+        self.domains.see(rollouts, progress)
         right = (rollouts.rewards >= 1) & rollouts.valid
         for position, solved, judged in zip(positions, right.sum(-1), rollouts.valid.sum(-1), strict=True):
             self.curriculum.record(position, int(solved), int(judged), progress)
@@ -95,19 +107,18 @@ class Sampler:
         )
 
     def _metrics(
-        self, sampled: Sequence[Rollouts], learnt: Rollouts, progress: MutableMapping[str, Any]
+        self, sampled: Sequence[Rollouts], learnt: Rollouts, sampling: Sampling, progress: MutableMapping[str, Any]
     ) -> dict[str, float]:
-        """Of all samples, since those that are learnt from were chosen by their rewards."""
-        found = Rollouts([group for each in sampled for group in each.groups]).metrics() | {
-            "redrawn": len(sampled) - 1,
-            "epoch": progress["epoch"] + progress["place"] / self.curriculum.size(progress),
-        }
-        if self.config.max_gen_batches > 1:
-            found["groups_missing"] = self.config.num_prompts - len(learnt.groups)
-        if progress["pool"] is not None:
-            found["prompts_left"] = self.curriculum.size(progress)
-        if self.config.phases:
-            found["max_new_tokens"] = self.config.samplings()[progress["phase"]].max_new_tokens
+        """Of all samples, since those that are learnt from were chosen by their rewards; of the gradient, which domain
+        rules it."""
+        config, drawn = self.config, Rollouts([group for each in sampled for group in each.groups])
+        found = drawn.metrics() | domain_metrics(drawn)
+        found |= {"redrawn": len(sampled) - 1} | self.curriculum.metrics(progress)
+        found |= learnt_metrics(learnt, config, sampling.max_new_tokens)
+        if config.max_gen_batches > 1:
+            found["groups_missing"] = config.num_prompts - len(learnt.groups)
+        if config.phases:
+            found["max_new_tokens"] = sampling.max_new_tokens
         return found
 
 

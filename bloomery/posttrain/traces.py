@@ -1,5 +1,6 @@
 """Rollouts on disk, as a dataset of kind `traces`: what curation and the audit of verdicts read."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 
 from bloomery import artifact
 from bloomery.data.dataset import SCHEMAS
-from bloomery.posttrain.rollouts import Rollouts
+from bloomery.posttrain.rollouts import Rollouts, Sample
 
 
 class RolloutStore:
@@ -39,5 +40,12 @@ def _rows(step: int, rollouts: Rollouts) -> Iterator[dict[str, Any]]:
                 "completion": s.completion.text, "answer": s.prompt.answer, "verifier": s.prompt.verifier,
                 "score": s.verdict.score, "status": s.verdict.status, "reason": s.verdict.reason, "tokens": s.tokens,
                 "finish_reason": s.completion.finish_reason, "step": step, "sample": number, "id": s.prompt.id,
-                "source": s.prompt.source, "metadata": "{}",
+                "source": s.prompt.source, "metadata": json.dumps(_more(s)),
             }  # fmt: skip
+
+
+def _more(sample: Sample) -> dict[str, Any]:
+    """Where the reward is more than the verdict: the form and what was paid."""
+    if sample.paid is None or sample.form is None:
+        return {}
+    return {"domain": sample.prompt.domain, "format": sample.form.correct, "reward": sample.paid.score}

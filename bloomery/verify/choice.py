@@ -83,6 +83,13 @@ def _from_json(gold: str) -> Gold | None:
     return Gold(name, text, chr(ord("A") + count - 1)) if name and 2 <= count <= 26 else None
 
 
+def chosen(completion: str, require_think: bool = False) -> str | None:
+    """The label that a completion has chosen, right or wrong; `None` where its last box holds no single label."""
+    found = boxed_answer(completion, require_think)
+    match = None if isinstance(found, Verdict) or len(found) > MAX_CHARS else read_label(found)
+    return None if match is None or _ANOTHER.search(match[1]) else match[0]
+
+
 def choice(completion: str, gold: str, require_think: bool = False) -> Verdict:
     """The label in the last box, or else the whole text after the thinking, against a gold such as `B` or `B) text`.
 

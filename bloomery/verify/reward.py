@@ -41,7 +41,9 @@ class Reward(Config):
         if accuracy.score is None or self.combine == "accuracy":
             return accuracy
         right, kept, weight = float(accuracy.correct), float(form.correct), self.format_weight or 0.0
-        if self.combine == "sum":
+        if right and kept:
+            score = 1.0
+        elif self.combine == "sum":
             score = (1 - weight) * right + weight * kept
         elif self.combine == "product":
             score = right * (1 - weight + weight * kept)
