@@ -81,7 +81,7 @@ class Explanation:
         """A table for people, and a line for each source that is read too often or hardly at all."""
         found = self.as_json()
         heads = ["source", "unique tokens"]
-        for number, phase in enumerate(found["phases"], 1):
+        for number in range(1, len(found["phases"]) + 1):
             heads += [f"phase {number}: tokens", "share", "epochs"]
         heads += ["all: tokens", "epochs", "at most"]
         rows = [heads]
