@@ -1,4 +1,4 @@
-"""`bloomery blend explain`: finds the blends that a recipe, a stage's settings or a finished folder plan."""
+"""`bloomery blend`: finds the blends that a recipe, a stage's settings or a finished folder plan, and better ones."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from bloomery import config as configs
 from bloomery import recipe
 from bloomery.claim.picture import COLORS, save
 from bloomery.data.blend_config import BlendConfig
+from bloomery.data.blend_proposal import Proposed, propose
 from bloomery.data.explain import Explanation, explain_config, explain_folder
 from bloomery.errors import ArtifactError, ConfigError
 
@@ -27,6 +28,21 @@ def explain(path: Path, overrides: Sequence[str] = ()) -> dict[str, Explanation]
     if not blends:
         raise ArtifactError(f"{path}: has no stage blend; give a recipe that has one, or a blend's folder")
     return {name: explain_config(config) for name, config in blends.items()}  # type: ignore[arg-type]
+
+
+def search(
+    table: Path, path: Path, overrides: Sequence[str] = (), wanted: Mapping[str, float] | None = None, draws: int = 48,
+    seed: int = 0,
+) -> Proposed:  # fmt: skip
+    """A better blend in the place of the one that `path` plans, from the runs in `table`.
+
+    Raises `ConfigError` where `path` plans several blends, and as `data.blend_search.search` does.
+    """
+    found = explain(path, overrides)
+    if len(found) > 1:
+        raise ConfigError(f"{path}: plans {len(found)} blends ({', '.join(found)}); give the settings of one")
+    [planned] = found.values()
+    return propose(table, planned, wanted or {}, draws, seed)
 
 
 def draw(blends: Mapping[str, Explanation], file: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand, TyperGroup
 
 from bloomery import config as configs
-from bloomery import recipe
+from bloomery import diversity, recipe
 from bloomery.errors import BloomeryError, PeerError
 from bloomery.parallel.world import reports, world
 
@@ -481,6 +481,35 @@ def blend_explain(
         raise configs.ConfigError("\n".join(over))
 
 
+@blend.command("search")
+def blend_search(
+    table: Annotated[Path, typer.Argument(help="runs of small models: CSV, JSONL or Parquet, a row for each")],
+    plan: Annotated[Path, typer.Option(help="the blend to better: a recipe, a blend's settings or its folder")],
+    overrides: Overrides = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="column to optimize, as loss/NAME or loss/NAME=WEIGHT; may be repeated; default: all losses"),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="refits on reweighted runs, from which intervals come", min=8)] = 48,
+    seed: Annotated[int, typer.Option(help="seed of folds, refits and candidates")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Propose a blend within the plan's caps, with the interval its run should fall in; refuses what it cannot know."""
+    from bloomery import blends
+
+    found = blends.search(table, plan, overrides or [], dict(map(_weighted, target or [])), draws, seed)
+    typer.echo(json.dumps(found.as_json()) if as_json else found.text())
+
+
+def _weighted(target: str) -> tuple[str, float]:
+    name, equals, weight = target.partition("=")
+    try:
+        return name, float(weight) if equals else 1.0
+    except ValueError:
+        raise configs.ConfigError(f"--target {target}: found weight {weight!r}, expected a number") from None
+
+
+app.add_typer(diversity.app, name="diversity")
 _GROUPS = {"blend": blend}
 for _stage in recipe.STAGES:
     _GROUPS.get(_stage, app).command(_stage, cls=StageCommand)(_stage_verb(_stage))

@@ -31,7 +31,7 @@ class Explanation:
     """A plan and what is needed to say it in tokens.
 
     row_tokens: of a row of each source, on average; unique_tokens: of each source, `None` where not known;
-    max_epochs: caps; over: source → what is wrong with its epochs.
+    max_epochs: caps; over: source → what is wrong with its epochs; floors: of each phase, where any are set.
     """
 
     plan: Plan
@@ -41,6 +41,7 @@ class Explanation:
     unique_tokens: Mapping[str, int | None]
     max_epochs: Mapping[str, float | None] = field(default_factory=dict)
     over: Mapping[str, str] = field(default_factory=dict)
+    floors: Sequence[Mapping[str, float]] = ()
 
     @property
     def sequences(self) -> np.ndarray:
@@ -133,7 +134,8 @@ def explain_config(config: BlendConfig) -> Explanation:
     caps = {name: source.max_epochs for name, source in config.sources.items()}
     over = {name: text for name, text in too_many_epochs(plan, config).items() if name in known}
     full = [float(config.seq_len)] * len(plan.sources)
-    return Explanation(plan, phase_ends(config), config.seq_len, full, unique, caps, over)
+    floors = [phase.floors for phase in config.phases]
+    return Explanation(plan, phase_ends(config), config.seq_len, full, unique, caps, over, floors)
 
 
 def explain_folder(path: Path) -> Explanation:
@@ -143,11 +145,13 @@ def explain_folder(path: Path) -> Explanation:
     plan = Plan.from_json(stored)
     counted = _counted(manifest, plan, stored["seq_len"])
     row_tokens = [tokens / max(1, rows) for tokens, rows in zip(counted.values(), plan.rows, strict=True)]
-    caps, over = {}, {}
+    caps, over, floors = {}, {}, []
     if (folder / artifact.CONFIG).is_file():
         config = configs.load(BlendConfig, folder / artifact.CONFIG)
         caps, over = {name: source.max_epochs for name, source in config.sources.items()}, too_many_epochs(plan, config)
-    return Explanation(plan, stored.get("phase_ends", plan.ends), stored["seq_len"], row_tokens, counted, caps, over)
+        floors = [phase.floors for phase in config.phases]
+    ends = stored.get("phase_ends", plan.ends)
+    return Explanation(plan, ends, stored["seq_len"], row_tokens, counted, caps, over, floors)
 
 
 def _counted(manifest: Manifest | None, plan: Plan, seq_len: int) -> dict[str, int]:

@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bloomery.config import load
 from bloomery.data import blend_law, blend_search
+from bloomery.data.blend_config import BlendConfig
+from bloomery.data.blend_proposal import budget_of, propose
 from bloomery.data.blend_table import Budget, Table, features, read_table
+from bloomery.data.explain import explain_config
 from bloomery.errors import ArtifactError, ConfigError
 
 SOURCES = ("web", "math", "wiki")
@@ -159,3 +163,47 @@ def test_a_bad_table_is_refused_with_row_and_column(tmp_path: Path, change: dict
     file.write_text("\n".join(json.dumps(row) for row in (ROWS[0] | change, ROWS[1] | dict.fromkeys(change, 1.0))))
     with pytest.raises((ArtifactError, ConfigError), match=message):
         read_table(file, BUDGET)
+
+
+SETTINGS = """
+sources:
+  web: {path: web, unique_tokens: 2000000}
+  math: {path: math, unique_tokens: 60000, max_epochs: 4}
+  wiki: {path: wiki, unique_tokens: 30000, max_epochs: 4}
+tokenizer: tok
+seq_len: 64
+tokens: 1000000
+phases:
+  - {share: 0.6, weights: {web: 0.9, math: 0.05, wiki: 0.05}, floors: {wiki: 0.01}}
+  - {share: 0.4, weights: {web: 0.5, math: 0.3, wiki: 0.2}}
+"""
+
+
+def test_a_plan_gives_the_budget_and_takes_the_proposal(tmp_path: Path) -> None:
+    plan, runs = tmp_path / "blend.yaml", tmp_path / "runs.jsonl"
+    plan.write_text(SETTINGS)
+    planned = explain_config(load(BlendConfig, plan))
+    budget = budget_of(planned)
+    assert budget.tokens == pytest.approx(1e6, rel=1e-3)
+    assert budget.shares == pytest.approx([0.6, 0.4], abs=1e-4)
+    assert budget.floors.tolist() == [[0, 0, 0.01], [0, 0, 0]]
+    assert (budget.max_epochs.tolist(), budget.unique_tokens.tolist()) == ([np.inf, 4, 4], [2e6, 6e4, 3e4])
+    table = made_table(32)
+    columns = [(f"phase{p + 1}/{name}", p, place) for p in range(2) for place, name in enumerate(SOURCES)]
+    rows = [
+        {name: float(parts[p, place]) for name, p, place in columns} | dict(zip(table.targets, found, strict=True))
+        for parts, found in zip(table.parts, table.found.tolist(), strict=True)
+    ]
+    runs.write_text("\n".join(map(json.dumps, rows)))
+    found = propose(runs, planned, {"loss/a": 1.0}, draws=8, seed=0)
+    changed = load(BlendConfig, plan, [f"phases={json.dumps(found.phases)}"])
+    assert explain_config(changed).plan == found.plan
+    assert not explain_config(changed).over
+    assert found.as_json()["epochs"]["math"] > 3
+    assert f"{found.proposal.law:<12}" in found.text()
+
+
+def test_a_plan_without_sizes_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "blend.yaml").write_text(SETTINGS.replace(", unique_tokens: 60000", ""))
+    with pytest.raises(ConfigError, match=r"sources\.math\.unique_tokens: missing"):
+        budget_of(explain_config(load(BlendConfig, tmp_path / "blend.yaml")))
