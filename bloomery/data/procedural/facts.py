@@ -9,7 +9,7 @@ from bloomery.data.procedural.forms import CHOICES, FORM_FIELD, Form, in_form
 from bloomery.data.procedural.problem import Draft
 
 NAMES = ("Ann", "Bob", "Cy", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jo", "Kim", "Lee")
-_GOODS = ("figs", "nuts", "eggs", "keys", "pens", "cups", "hats", "toys")
+GOODS = ("figs", "nuts", "eggs", "keys", "pens", "cups", "hats", "toys")
 _PETS = ("cat", "dog", "fox", "hen", "owl", "pig", "bee", "ant", "cow", "bat")
 _COLORS = ("red", "blue", "green", "black", "white", "pink", "gray", "brown")
 _NEAR = (-10, -2, -1, 1, 2, 10)
@@ -33,7 +33,7 @@ def tables(options: TableOptions, random: Random) -> Iterator[Draft]:
     """Endless table problems; the numbers of a column differ, so that `most` and `least` have one answer."""
     while True:
         names = random.sample(NAMES, options.rows)
-        goods = random.sample(_GOODS, options.columns)
+        goods = random.sample(GOODS, options.columns)
         columns = {good: random.sample(range(1, options.max_value + 1), options.rows) for good in goods}
         kind, good = random.choice(options.questions), random.choice(goods)
         asked, answer, others, steps = _asked(kind, good, names, columns[good], options, random)
