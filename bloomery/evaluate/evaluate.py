@@ -76,8 +76,8 @@ def run(config: EvaluateConfig, out: Path) -> Manifest:
         problems = _answers(config, start, prompts)
         _require_verdicts(problems)
         _write_samples(output.path / SAMPLES, problems)
-        artifact.write_json(output.path / REPORT, report_rows(problems))
-        return output.finish("evaluation", _summary(problems, drops))
+        artifact.write_json(output.path / REPORT, report_rows(problems, config.max_new_tokens, config.require_think))
+        return output.finish("evaluation", _summary(problems, drops, config))
 
 
 def check(config: EvaluateConfig) -> dict[str, Any]:
@@ -123,10 +123,11 @@ def _write_samples(path: Path, problems: Sequence[Sequence[Answer]]) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
 
 
-def _summary(problems: Sequence[Sequence[Answer]], drops: Drops) -> dict[str, Any]:
+def _summary(problems: Sequence[Sequence[Answer]], drops: Drops, config: EvaluateConfig) -> dict[str, Any]:
+    estimates = metrics(problems, config.max_new_tokens, config.require_think)
     answers = [answer for problem in problems for answer in problem]
     return {
-        **{name: estimate.value for name, estimate in metrics(problems).items()},
+        **{name: estimate.value for name, estimate in estimates.items()},
         "problems": len(problems),
         "samples": len(answers),
         "unjudged": sum(answer.verdict.score is None for answer in answers),

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from bloomery.data.prompts import Prompt
-from bloomery.evaluate import statistics
+from bloomery.evaluate import efficiency, statistics
+from bloomery.evaluate.efficiency import Answered
 from bloomery.evaluate.statistics import Estimate
 from bloomery.generate import Completion, Engine, Request, SamplingParams, derive_seed
 from bloomery.progress import Bar
-from bloomery.verify import Pool, Verdict
+from bloomery.verify import Pool, Verdict, form_of
 from bloomery.verify.extract import boxed_answer
 from bloomery.verify.numbers import read_number
+from bloomery.verify.reward import FORMLESS
 
 TASK_VERSION = 1
 """Raised when a change here makes figures incomparable with those of an earlier report."""
@@ -94,25 +96,47 @@ def answer_all(
     return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
 
 
-def report_rows(problems: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
-    """Every metric by source, the task's name; before that, over all problems (`all`) where sources are several."""
+def report_rows(
+    problems: Sequence[Sequence[Answer]], longest: int | None = None, require_think: bool = False
+) -> list[dict[str, Any]]:
+    """Every metric by source, the task's name; before that, over all problems (`all`) where sources are several.
+
+    longest: most new tokens that an answer could have, for the accuracy at smaller budgets.
+    """
     parts: dict[str, list[Sequence[Answer]]] = {}
     for problem in problems:
         parts.setdefault(problem[0].prompt.source, []).append(problem)
     if len(parts) > 1:
         parts = {ALL: list(problems), **parts}
+    found = [(task, metrics(part, longest, require_think)) for task, part in parts.items()]
+    found[0][1].update(_adaptivity(problems))
     return [
         {"task": task, "version": TASK_VERSION, "metric": metric, **_fields(estimate)}
-        for task, part in parts.items()
-        for metric, estimate in metrics(part).items()
+        for task, estimates in found
+        for metric, estimate in estimates.items()
     ]
+
+
+def _adaptivity(problems: Sequence[Sequence[Answer]]) -> dict[str, Estimate]:
+    """Where there is mathematics among other domains."""
+    domains: dict[str, list[list[Answered]]] = {}
+    for problem, judged in zip(problems, _judged(problems), strict=True):
+        domains.setdefault(problem[0].prompt.domain, []).append(judged)
+    found = efficiency.adaptivity({name: [p for p in own if p] for name, own in domains.items()})
+    return {} if found is None else {"tokens_math_over_rest": found}
+
+
+def _judged(problems: Sequence[Sequence[Answer]]) -> list[list[Answered]]:
+    return [[Answered(a.verdict.correct, a.tokens) for a in p if a.verdict.score is not None] for p in problems]
 
 
 def _fields(estimate: Estimate) -> dict[str, Any]:
     return {"value": estimate.value, "stderr": estimate.stderr, "n": estimate.n}
 
 
-def metrics(problems: Sequence[Sequence[Answer]]) -> dict[str, Estimate]:
+def metrics(
+    problems: Sequence[Sequence[Answer]], longest: int | None = None, require_think: bool = False
+) -> dict[str, Estimate]:
     """Metric → estimate. An answer that could not be judged is left out, and so is a problem without any verdict."""
     judged = [[a for a in problem if a.verdict.score is not None] for problem in problems]
     judged = [problem for problem in judged if problem]
@@ -125,7 +149,21 @@ def metrics(problems: Sequence[Sequence[Answer]]) -> dict[str, Estimate]:
         enough = [problem for problem in judged if len(problem) >= k]
         found[f"pass@{k}"] = statistics.mean([statistics.pass_at_k(_right(p), len(p), k) for p in enough])
         found[f"maj@{k}"] = statistics.mean([_majority(p, k) for p in enough])
-    return found | _lengths(problems)
+    return found | _beyond(judged, require_think) | _lengths(problems) | efficiency.metrics(_judged(judged), longest)
+
+
+def _beyond(judged: Sequence[Sequence[Answer]], require_think: bool) -> dict[str, Estimate]:
+    """Accuracy − 1/c over the problems with c options, and the share of answers in a box behind the thinking."""
+    guessed = [p for p in judged if p[0].prompt.options]
+    formed = [p for p in judged if p[0].prompt.verifier not in FORMLESS]
+    found = {}
+    if guessed:
+        found["beyond_chance"] = statistics.mean([_right(p) / len(p) - 1 / p[0].prompt.options for p in guessed])
+    if formed:
+        found["format"] = statistics.mean(
+            [sum(form_of(a.completion.text or "", require_think).correct for a in p) / len(p) for p in formed]
+        )
+    return found
 
 
 def _lengths(problems: Sequence[Sequence[Answer]]) -> dict[str, Estimate]:

@@ -70,7 +70,7 @@ def _of_domain(own: Rollouts, groups: int, active: int) -> dict[str, float | Non
         "near_miss": _mean(s.verdict.reason.startswith(NEAR_MISS) for s in judged if s.prompt.verifier == "short"),
         "degenerate": 1 - mixed / len(own.groups),
         "truncated": _mean(s.truncated for s in own.samples),
-        "completion_tokens": _mean(s.tokens for s in own.samples),
+        "domain_tokens": _mean(s.tokens for s in own.samples),
         "share": len(own.groups) / groups,
         "active_share": mixed / active,
     }

@@ -31,16 +31,25 @@ class Panel:
 _REWARD = Panel("Reward and accuracy", "share", ("reward", "accuracy", "validation_accuracy"))
 _REST = (
     Panel("Accuracy by source", "share", parts_of=("accuracy",)),
+    Panel("Beyond chance", "accuracy − 1/options", parts_of=("beyond_chance",)),
+    Panel("Reward by domain", "", parts_of=("reward",)),
+    Panel("Form kept", "share of answers", ("format", "accuracy_malformed"), ("format",)),
     Panel("Entropy", "nats per token", ("entropy",)),
     Panel(
         "Answer length", "tokens", ("completion_tokens", "length", "max_new_tokens"), ("completion_tokens", "length")
     ),
+    Panel("Answer length by domain", "tokens", parts_of=("domain_tokens",)),
     Panel("Gradient norm", "", ("grad_norm",)),
     Panel("Learning rate", "", ("learning_rate",)),
     Panel("FP8: flushed to zero", "share of numbers that are not zero", parts_of=("fp8_flushed",)),
     Panel("FP8: saturated", "share of numbers", parts_of=("fp8_saturated",)),
     Panel("Verdicts", "share of samples", ("truncated",), ("status",)),
     Panel("Groups without signal", "share of groups", ("groups_all_wrong", "groups_all_right")),
+    Panel("Groups without signal by domain", "share of groups", parts_of=("degenerate",)),
+    Panel("Blend as drawn", "share of prompts", parts_of=("share",)),
+    Panel("Blend with signal", "share of groups", parts_of=("active_share",)),
+    Panel("Blend as learnt", "share of groups", parts_of=("learnt_share",)),
+    Panel("Say in the step", "share of Σ m·|A|", parts_of=("gradient_share",)),
     Panel("Trainer against generator", "nats per token", ("logprob_gap", "logprob_gap_max")),
     Panel("Held back", "share of tokens", ("clipped",)),
     Panel("Weight of samples", "π trainer / π generator", ("mismatch_weight",)),

@@ -1,7 +1,9 @@
 """One self-contained HTML page about a run: opens offline, asks the network for nothing."""
 
 import json
+from collections.abc import Iterable
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from bloomery import artifact
-from bloomery.report import curves, facts, lineage, quantities, results, samples
+from bloomery.report import curves, efficiency, facts, lineage, quantities, results, samples
 from bloomery.report.run import Run, Stage, read_run
 
 PAGE = "report.html"
@@ -32,6 +34,7 @@ def render(run: Run) -> str:
 
     found = results.evaluations(run)
     pictures = {stage.name: curves.pictures(stage) for stage in run.stages}
+    compared = efficiency.comparisons(found)
     return _template().render(
         run=run,
         overview=_overview(run),
@@ -42,7 +45,8 @@ def render(run: Run) -> str:
         longest=max((stage.seconds or 0 for stage in run.stages), default=0) or 1,
         headlines_of=facts.headlines,
         pictures={name: made for name, made in pictures.items() if made},
-        curve_data=_curve_data(pictures),
+        compared=compared,
+        curve_data=_curve_data([*chain(*pictures.values()), *(each.picture for each in compared)]),
         problems=samples.problems(found),
         data={stage.name: tables for stage in run.stages if (tables := _data_tables(run, stage))},
         models=[size for stage in run.stages if (size := facts.model_size(stage))],
@@ -100,8 +104,8 @@ def _progress(stage: Stage) -> str:
     return f"reached step {quantities.grouped(step)}" + (f" of {quantities.grouped(planned)}" if planned else "")
 
 
-def _curve_data(pictures: dict[str, list[curves.Picture]]) -> Markup:
+def _curve_data(pictures: Iterable[curves.Picture]) -> Markup:
     """JSON that no text inside it can end: `<`, `>` and `&` are written as escapes."""
-    data = {each.id: {"traces": each.traces, "unit": each.unit} for made in pictures.values() for each in made}
+    data = {each.id: {"traces": each.traces, "unit": each.unit} for each in pictures}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return Markup(text.translate({ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&"}))

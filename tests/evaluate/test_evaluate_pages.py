@@ -24,6 +24,9 @@ def test_the_page_shows_usable_settings(page: str, cls: type[Config]) -> None:
 
 def test_every_metric_is_on_the_page() -> None:
     prompt, text = Prompt("p", "s", [], "7", "answer", (1,)), r"\boxed{7}"
-    answer = scoring.Answer(prompt, 0, Completion([1], None, "stop", 0, text), judge("answer", text, "7"))
-    reported = {re.sub(r"@\d+", "@k", name) for name in scoring.metrics([[answer, answer]])}
+    answer, wrong = (
+        scoring.Answer(prompt, 0, Completion([1], None, "stop", 0, text), judge("answer", text, "7"))
+        for prompt, text in ((prompt, text), (Prompt("p", "s", [], "7", "answer", (1,), options=4), ""))
+    )
+    reported = {re.sub(r"@\d+", "@k", row["metric"]) for row in scoring.report_rows([[wrong, answer]], 8)}
     assert reported == set(re.findall(r"^\| `([a-z_]+(?:@k)?)`", (DOCS / "evaluate.md").read_text(), re.MULTILINE))

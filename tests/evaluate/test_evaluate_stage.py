@@ -29,8 +29,11 @@ def test_report_and_samples(tiny_world: Any, tmp_path: Path) -> None:
     manifest = evaluate.run(config(tiny_world), tmp_path / "out")
     assert manifest.kind == "evaluation"
     rows = artifact.read_json(tmp_path / "out" / "report.json")
-    names = {row["metric"] for row in rows} - {"tokens_per_correct"}  # undefined where nothing is correct
-    assert names == {"avg@2", "pass@2", "maj@2", "tokens_per_answer", "truncated"}
+    unless_wrong = {"tokens_per_correct", "tokens_when_right", "tokens_wrong_over_right"}  # where nothing is correct
+    names = {row["metric"] for row in rows} - unless_wrong
+    budgets = {"avg_within_quarter", "avg_within_half"}
+    lengths = {"tokens_per_answer", "tokens_when_wrong", "truncated"}
+    assert names == {"avg@2", "pass@2", "maj@2", "format"} | budgets | lengths
     assert all(row.keys() == {"task", "version", "metric", "value", "stderr", "n"} for row in rows)
     assert {(row["task"], row["n"]) for row in rows} == {("sums", 6)}
     samples = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
