@@ -108,15 +108,22 @@ class NearDedup:
 
     def is_new(self, found: np.ndarray) -> bool:
         """Whether no text with a similar `signature` came before; then it is remembered."""
-        bands = self._band_keys(found)
-        places = {place for band in bands if (place := self._candidates.get(band)) is not None}
+        new = self.find(found) is None
+        if new:
+            self.add(found)
+        return new
+
+    def find(self, found: np.ndarray) -> int | None:
+        """The number, in their order, of a text remembered with a similar `signature`; `None` where there is none."""
+        places = {place for band in self._band_keys(found) if (place := self._candidates.get(band)) is not None}
         agreed = self.config.threshold * self.config.num_hashes
-        if any(np.count_nonzero(self._kept[place] == found) >= agreed for place in places):
-            return False
-        for band in bands:
+        return next((p for p in sorted(places) if np.count_nonzero(self._kept[p] == found) >= agreed), None)
+
+    def add(self, found: np.ndarray) -> None:
+        """Remember a `signature`."""
+        for band in self._band_keys(found):
             self._candidates.setdefault(band, self._count)
         self._append(found)
-        return True
 
     def _band_keys(self, found: np.ndarray) -> list[int]:
         """One 64-bit number a band, of its hashes and its place."""

@@ -4,13 +4,12 @@ The rules of opening (Nemotron-CrossThink, arXiv 2504.13941, section 2.2, discar
 their options and gives no patterns; these are ours).
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from bloomery.data.qa import LABELS, AnswerForm, Form, Item, shuffled
-from bloomery.data.qa_filters import QAFilterConfig, open_reason, refer_to_each_other
+from bloomery.data.qa_filters import Phrases, QAFilterConfig, open_reason, refer_to_each_other
 from bloomery.data.qa_read import is_math
 
 Ambiguous = Literal["drop", "mark"]
@@ -18,15 +17,18 @@ Ambiguous = Literal["drop", "mark"]
 AMBIGUOUS = "ambiguous"
 """Marks, among its transforms, an open question whose answer could be worded otherwise, until a model was asked."""
 
-_DEPENDENT = re.compile(
+_DEPENDENT = Phrases(
     r"\b(?:which|what)(?: (?:one|ones|two))? of (?:the )?(?:following|these|those|above|below|options|choices)\b"
     r"|\b(?:all|none|both|each|any|one) of the (?:following|above|options|choices|statements|answers)\b"
     r"|\bthe following (?:is|are|was|were|would|can|could|best|statements?|options?|pairs?|except)\b|\bexcept\b"
     r"|\bnot (?:true|correct|false|necessarily)\b|\bleast likely\b|\b(?:choose|select|match)\b"
     r"|\b(?:options?|choices?|statements?) (?:[A-J]|[IV]+|\d)\b|\b(?:i|ii|iii|iv) (?:only|and)\b"
     r"|\bwhich (?:option|choice|answer|statement|pair|combination)\b|\bbest (?:describes|explains|answers|completes)\b",
-    re.IGNORECASE,
-)
+    (
+        " of ", "the following", "except", "not ", "least likely", "choose", "select", "match", "option", "choice",
+        "statement", "i only", "i and", "v only", "v and", "which ", "best ",
+    ),
+)  # fmt: skip
 _BLANK = re.compile(r"_{2,}|\.{4,}|…\s*$")
 _ASKS = re.compile(r"[?？؟⁇]\W*$")
 _IMPERATIVE = re.compile(
@@ -48,7 +50,7 @@ def to_open(item: Item, config: QAFilterConfig, ambiguous: Ambiguous = "drop") -
     if item.form == "open":
         return item
     if (before := _before(item, "choice")) is not None:
-        return dataclasses.replace(before, options=None, gold_label=None)
+        return before.changed(options=None, gold_label=None)
     reason = _dependence(item) or open_reason(item, config) or _collision(item)
     if reason is not None:
         return reason
@@ -71,13 +73,13 @@ def to_choice(item: Item, distractors: Sequence[str] = (), seed: int = 0) -> Ite
     options = (item.gold_text, *distractors)
     if len(options) < 2 or len(set(options)) < len(options) or len(options) > len(LABELS):
         raise ValueError(f"{item.id}: {len(distractors)} distractors; expected 1 to 9, all different from the gold")
-    listed = dataclasses.replace(item, options=options, gold_label=LABELS[0])
+    listed = item.changed(options=options, gold_label=LABELS[0])
     return shuffled(_converted(listed, "choice", "label", {"form": "choice", "from": item.answer_form}), seed)
 
 
 def _converted(item: Item, form: Form, answer_form: AnswerForm, done: Mapping[str, Any]) -> Item:
     transforms = (*item.transforms, done)
-    return dataclasses.replace(item, form=form, answer_form=answer_form, parent_id=item.id, transforms=transforms)
+    return item.changed(form=form, answer_form=answer_form, parent_id=item.id, transforms=transforms)
 
 
 def _before(item: Item, form: Form) -> Item | None:
@@ -85,8 +87,8 @@ def _before(item: Item, form: Form) -> Item | None:
     made = next((place for place, done in enumerate(item.transforms) if done.get("form") == form), None)
     if made is None:
         return None
-    return dataclasses.replace(
-        item, form="choice" if form == "open" else "open", answer_form=item.transforms[made]["from"], parent_id=None,
+    return item.changed(
+        form="choice" if form == "open" else "open", answer_form=item.transforms[made]["from"], parent_id=None,
         transforms=item.transforms[:made],
     )  # fmt: skip
 
@@ -94,7 +96,7 @@ def _before(item: Item, form: Form) -> Item | None:
 def _dependence(item: Item) -> str | None:
     """What the question loses with its options."""
     asked = item.question.rpartition("\n\n")[2]
-    if _DEPENDENT.search(asked):
+    if _DEPENDENT.found_in(asked):
         return "needs its options"
     if refer_to_each_other((item.gold_text,)) or _LABEL_ONLY.fullmatch(item.gold_text):
         return "gold names options"

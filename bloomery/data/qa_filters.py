@@ -8,7 +8,7 @@ rather drop a good question than keep one whose reward is noise.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from bloomery.config import Config, Field
@@ -23,6 +23,7 @@ DAMAGED = frozenset({
 
 # Control characters but tab, newline and return; half surrogate pairs; what a bad decoder leaves behind.
 _INVALID = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd\ufffe\uffff]")
+_PLAIN = bytes(range(32, 127)) + b"\t\n\r"
 _REORDERING = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _WORD = re.compile(r"[^\W\d_]+")
 _TEX_GROUP = re.compile(r"\$[^$]*\$|\\[a-zA-Z]+(?:\s*\{(?:[^{}]|\{[^{}]*\})*\})*")
@@ -30,16 +31,36 @@ _ALIKE = frozenset({"LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE"})
 _GREEK_LIKE_LATIN = frozenset("ΑΒΕΖΗΙΚΜΝΟΡΤΥΧο")  # others, as in Δx and μm, are science
 
 _SEVERAL_LABELS = re.compile(r"[A-J](?:\s*(?:,|;|/|&|and|or)?\s*[A-J])+")
-_SEVERAL = re.compile(
-    r"\b(?:select|choose|mark|check|pick) (?:all|two|three|any|one or more|every)\b|\ball that apply\b", re.IGNORECASE
+
+
+class Phrases:
+    """A pattern, whatever the case, with hints of which one stands in every text that it finds, in lower case: where
+    none does, which is soon seen, there is nothing to search."""
+
+    def __init__(self, pattern: str, hints: Sequence[str]):
+        self._pattern, self._hints = re.compile(pattern, re.IGNORECASE | re.MULTILINE), hints
+
+    def found_in(self, text: str) -> bool:
+        """Whether the pattern is somewhere in the text."""
+        lower = text.lower()
+        for hint in self._hints:
+            if hint in lower:
+                return self._pattern.search(text) is not None
+        return False
+
+
+_SEVERAL = Phrases(
+    r"\b(?:select|choose|mark|check|pick) (?:all|two|three|any|one or more|every)\b|\ball that apply\b",
+    ("select ", "choose ", "mark ", "check ", "pick ", "apply"),
 )
-_EACH_OTHER = re.compile(
+_EACH_OTHER = Phrases(
     r"\b(?:all|none|both|neither|either|any|two) of (?:the )?"
     r"(?:above|these|them|those|following|other|options|choices)\b"
-    r"|\b(?:both|neither|either|only|all but) \(?[A-J]\)?(?:\W|$)|^\(?[A-J]\)? (?:and|or|&) \(?[A-J]\)?\b"
+    r"|\b(?:both|neither|either|only|all but) \(?[A-J]\)?(?:\W|$)"
     r"|\b(?:options?|choices?|answers?) \(?[A-J]\)?(?:\W|$)|\b(?:the )?above\b",
-    re.IGNORECASE,
+    (" of the", "above", "both ", "neither ", "either ", "only ", "all but ", "option", "choice", "answer"),
 )
+_TWO_LABELS = re.compile(r"\(?[A-J]\)?,? (?:and|or|&) \(?[A-J]\)?\W*$", re.IGNORECASE)
 
 
 class QAFilterConfig(Config):
@@ -69,7 +90,7 @@ def drop_reason(item: Item, config: QAFilterConfig) -> str | None:
         return f"question longer than {config.max_question_characters} characters"
     if not item.gold_text:
         return "no gold answer"
-    texts = "\n".join((item.text, item.gold_text))
+    texts = item.text if item.options else f"{item.question}\n{item.gold_text}"
     return (
         _characters_reason(texts)
         or (None if item.options is None else _options_reason(item, item.options, config))
@@ -78,10 +99,10 @@ def drop_reason(item: Item, config: QAFilterConfig) -> str | None:
 
 
 def _characters_reason(text: str) -> str | None:
+    if text.isascii():
+        return "invalid characters" if text.encode().translate(None, _PLAIN) else None
     if _INVALID.search(text):
         return "invalid characters"
-    if text.isascii():
-        return None
     if _REORDERING.search(text):
         return "characters that reorder what is shown"
     return None if mixed_scripts(text) is None else "a word of mixed scripts"
@@ -121,11 +142,11 @@ def _options_reason(item: Item, options: tuple[str, ...], config: QAFilterConfig
     if len({" ".join(option.split()) for option in options}) < len(options):
         return "duplicate options"
     if item.gold_index is None:
-        several = _SEVERAL_LABELS.fullmatch(item.gold_text) or _SEVERAL.search(item.question)
+        several = _SEVERAL_LABELS.fullmatch(item.gold_text) or _SEVERAL.found_in(item.question)
         return "several right answers" if several else "gold is not among the options"
     if options[item.gold_index] != item.gold_text:
         return "gold is not among the options"
-    return "several right answers" if _SEVERAL.search(item.question[-300:]) else None
+    return "several right answers" if _SEVERAL.found_in(item.question) else None
 
 
 def open_reason(item: Item, config: QAFilterConfig) -> str | None:
@@ -140,10 +161,13 @@ _TRUE_FALSE = frozenset({"true", "false", "yes", "no"})
 
 def num_words(text: str) -> int:
     """Words between white space after NFKC; a TeX group is one."""
-    text = unicodedata.normalize("NFKC", text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    if "\\" not in text and "$" not in text:
+        return len(text.split())
     return len(_TEX_GROUP.sub("x", text).split())
 
 
-def refer_to_each_other(options: Iterable[str]) -> bool:
+def refer_to_each_other(options: Sequence[str]) -> bool:
     """Whether an option speaks of others, as `all of the above` and `A and C` do: then their order must stay."""
-    return any(_EACH_OTHER.search(option) for option in options)
+    return _EACH_OTHER.found_in("\n".join(options)) or any(map(_TWO_LABELS.match, options))

@@ -70,8 +70,11 @@ class _Columns:
 
     def maybe(self, *names: str) -> Any:
         """The first of these columns that is there, or `None`."""
-        found = (self.columns.get(name, name) for name in names)
-        return next((self.row[theirs] for theirs in found if theirs in self.row), None)
+        for name in names:
+            theirs = self.columns.get(name, name)
+            if theirs in self.row:
+                return self.row[theirs]
+        return None
 
     def options(self, *names: str) -> Any:
         """The options: one column, or one of each label (A, B, …)."""
@@ -148,13 +151,16 @@ def to_item(raw: Raw, tags: Tags, row: Row, columns: Mapping[str, str]) -> Item:
     label, gold = _gold(raw.gold, options, raw.labels)
     subject = own("subject", own("type", tags.subject))
     domain = (tags.domains or {}).get(subject) or own("domain", tags.domain) or tags.source
-    open_form = tags.answer_form or ("math" if "math" in domain.lower().split("_") or is_math(gold) else "short")
     return Item(
         own("id") or new_id(question, options, gold), question, gold, source=tags.source, domain=domain,
         subject=subject, form="open" if options is None else "choice", options=options, gold_label=label,
-        answer_form=open_form if options is None else "label", alt_golds=_texts(raw.alt_golds),
-        license=own("license", tags.license),
+        answer_form="label" if options is not None else tags.answer_form or _open_form(domain, gold),
+        alt_golds=_texts(raw.alt_golds), license=own("license", tags.license),
     )  # fmt: skip
+
+
+def _open_form(domain: str, gold: str) -> AnswerForm:
+    return "math" if "math" in domain.lower().split("_") or is_math(gold) else "short"
 
 
 def is_math(gold: str) -> bool:
@@ -185,10 +191,14 @@ def _options(value: Any) -> tuple[str, ...] | None:
     if not isinstance(value, list) or not all(isinstance(option, str | int | float) for option in value):
         raise Unusable("options are no list of texts")
     found = [clean(str(option)) for option in value]
-    labels = [match.group(1) if (match := _LABEL.match(option)) else "" for option in found]
-    if found and "".join(labels) == LABELS[: len(found)]:
-        found = [_LABEL.sub("", option, count=1) for option in found]
-    return tuple(found)
+    return tuple(_without_labels(found) if found and _LABEL.match(found[0]) else found)
+
+
+def _without_labels(options: list[str]) -> list[str]:
+    """Where each has its own label, in order."""
+    labels = [match.group(1) if (match := _LABEL.match(option)) else "" for option in options]
+    own = "".join(labels) == LABELS[: len(options)]
+    return [_LABEL.sub("", option, count=1) for option in options] if own else options
 
 
 def _gold(value: Any, options: tuple[str, ...] | None, labels: Sequence[str] | None) -> tuple[str | None, str]:

@@ -30,8 +30,14 @@ def word_hashes(words: list[str]) -> np.ndarray:
 def window_hashes(words: np.ndarray, length: int) -> np.ndarray:
     """(words - length + 1,) polynomial hashes modulo 2**64 of every run of `length` words."""
     count = len(words) - length + 1
-    hashes = np.zeros(max(count, 0), dtype=np.uint64)
-    if count > 0:
-        for place in range(length):
-            hashes = hashes * _BASE + words[place : place + count]
+    if count <= 0:
+        return np.zeros(0, dtype=np.uint64)
+    hashes = words
+    for known in range(1, length):
+        hashes = extended(hashes, words, known)
     return hashes
+
+
+def extended(windows: np.ndarray, words: np.ndarray, length: int) -> np.ndarray:
+    """The hashes of runs of one word more, from those of runs of `length` words."""
+    return windows[: max(0, len(words) - length)] * _BASE + words[length:]
