@@ -313,7 +313,8 @@ def _check(step: Step, names: Mapping[Path, str]) -> dict[str, Any]:
             with _named(f"{step.name}.{name}"):
                 artifact.resolve(path, kind)
     module = stage_module(step.stage)
-    found = {"stage": step.stage, **(module.check(step.config) if hasattr(module, "check") else {})}
+    with _named(step.name):
+        found = {"stage": step.stage, **(module.check(step.config) if hasattr(module, "check") else {})}
     waits = [f"{', '.join(dict.fromkeys(makers))} has run"] * bool(makers) + step.missing
     return found | {"inputs": f"more is known once {' and '.join(waits)}"} if waits else found
 
