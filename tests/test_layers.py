@@ -25,7 +25,8 @@ ALLOWED["recipe"] = ALLOWED["evaluate"] | {"compress", "synthesize", "posttrain"
 ALLOWED["claim"] = ALLOWED["recipe"] | {"recipe"}
 ALLOWED["plan"] = ALLOWED["claim"] | {"claim"}
 ALLOWED["blends"] = ALLOWED["claim"] | {"claim"}
-ALLOWED["cli"] = ALLOWED["plan"] | {"plan", "blends", "chat", "serve"}
+ALLOWED["diversity"] = ALLOWED["train"] | {"train", "synthesize"}
+ALLOWED["cli"] = ALLOWED["plan"] | {"plan", "blends", "chat", "serve", "diversity"}
 ALLOWED["__main__"] = {"cli"}
 WITHOUT_TORCH = {
     "errors",
@@ -39,6 +40,7 @@ WITHOUT_TORCH = {
     "plan",
     "blends",
     "cli",
+    "diversity",
 }
 
 
