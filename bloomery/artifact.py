@@ -301,14 +301,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` (file or folder); it takes `path`'s place, synced, at the end."""
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Yields a temporary path beside `path` (file or folder); it takes `path`'s place, synced, at the end.
+
+    sync: off for what may be lost with the machine's power, as long as its reader can tell.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            _sync(temporary)
+            if sync:
+                _sync(temporary)
             if temporary.is_dir() and path.is_dir():
                 shutil.rmtree(path)
             os.replace(temporary, path)

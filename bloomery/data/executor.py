@@ -1,6 +1,6 @@
 """Where the parts of `prepare` are worked on: processes of this machine, or a cluster through datatrove.
 
-Every part that is done has its mark on disk, so a run that was cut goes on with the others, wherever they are run.
+Every part that is done is a file on disk, so a run that was cut goes on with the others, wherever they are run.
 """
 
 import multiprocessing
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bloomery.config import Config, Field
+from bloomery.data.pieces import PART_BYTES
 from bloomery.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:  # these two need the stage's settings, which hold ours
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # these two need the stage's settings, which hold ours
 LOGS = "datatrove"
 _AHEAD = 2
 _POLL_SECONDS = 10.0
+_BYTES_WORTH_A_PROCESS = 2 * PART_BYTES
 
 
 class SlurmConfig(Config):
@@ -81,12 +83,12 @@ class Runner(Protocol):
         """Closing the iterator early leaves the rest undone."""
 
 
-def num_processes(config: ExecutorConfig, parts: int, input_bytes: int, part_bytes: int) -> int:
+def num_processes(config: ExecutorConfig, parts: int, input_bytes: int) -> int:
     """Processes of this machine that are worth starting."""
     if config.workers is not None:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, parts) if input_bytes > 2 * part_bytes else 1
+    return min(cores, parts) if input_bytes > _BYTES_WORTH_A_PROCESS else 1
 
 
 class InProcess:
@@ -150,7 +152,7 @@ class Processes:
         processes = list((self._pool._processes or {}).values())
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
         for process in processes if kind is not None else ():
-            process.terminate()  # what they were at is begun anew: a part counts when its mark is written
+            process.terminate()  # what they were at is begun anew: a part counts when its file is complete
 
     def run(self, jobs: Sequence["Job"]) -> Iterator["Job"]:
         """Raises what a part raised, and `ArtifactError` when a process was killed."""
@@ -212,7 +214,7 @@ def run_on_cluster(config: "PrepareConfig", out: Path, jobs: Sequence["Job"]) ->
 
 
 def _executor(config: ExecutorConfig, task: ClusterTask, tasks: int, out: Path) -> Any:
-    """datatrove's executor. Its own record of finished tasks is not used: our marks say what is done."""
+    """datatrove's executor. Its own record of finished tasks is not used: our files say what is done."""
     executors = _datatrove()
     common = {
         "pipeline": [task], "tasks": tasks, "workers": config.workers or -1, "logging_dir": str((out / LOGS).resolve()),

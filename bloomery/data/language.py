@@ -11,7 +11,9 @@ UNDETERMINED = "und"
 
 _SAMPLE_CHARACTERS = 4_000
 _FEWEST_WORDS = 4
+_FEWEST_DIFFERENT = 3
 _LEAST_SHARE = 0.12
+_CLOSEST_SECOND = 0.95
 _LEAST_SCRIPT_SHARE = 0.5
 _KANA_SHARE = 0.05  # Japanese prose is a third kana or more; Chinese quotes a little of it at most
 _WORD = re.compile(r"[^\W\d_]+")
@@ -41,9 +43,9 @@ _FUNCTION_WORDS = {
     "sua seu ou quando muito há nos já também só pelo pela até isso entre depois sem mesmo aos era",
     "nl": "de het een en van is dat in op te zijn met voor niet aan er om ook als bij door maar die ze hij naar uit "
     "werd wordt kan heeft nog deze over dan hun meer was tot wel geen worden we je zich dit al",
-    "sv": "och att det som en på är av för med till den har de inte om ett var från jag han hon men så kan när vi "
+    "sv": "i och att det som en på är av för med till den har de inte om ett var från jag han hon men så kan när vi "
     "ska eller sig vid mot efter under över detta också skulle alla finns mycket dem",
-    "da": "og at det som en på er af for med til den har de ikke om et var fra jeg han hun men så kan når vi skal "
+    "da": "i og at det som en på er af for med til den har de ikke om et var fra jeg han hun men så kan når vi skal "
     "eller sig ved mod efter under over dette også blev alle der meget dem være bliver hvor",
     "pl": "i w na z że się nie do jest to o jak ale po co tak za od przez dla czy są był była było tym tego jego jej "
     "ich może które który która oraz być lub już tylko przy bardzo",
@@ -69,7 +71,8 @@ for _language, _words in _FUNCTION_WORDS.items():
 def language(text: str) -> str:
     """ISO 639-1 code of the language that most of the text's first 4,000 characters are in; `und` where it is unclear.
 
-    A word that several languages share counts for each of them in part; the winner must have 12 % of the words.
+    A word that several languages share counts for each of them in part; the winner needs three of its words, 12 % of
+    all, and a lead.
     """
     sample = text[:_SAMPLE_CHARACTERS]
     if sample.isascii():
@@ -94,10 +97,11 @@ def _latin(sample: str) -> str:
         speakers = _VOTES.get(word, ())
         for name in speakers:
             votes[name] = votes.get(name, 0.0) + 1 / len(speakers)
-    if len(words) < _FEWEST_WORDS or not votes:
+    best, second = [*sorted(votes, key=votes.__getitem__, reverse=True), "", ""][:2]
+    different = {word for word in words if best in _VOTES.get(word, ())}
+    if len(words) < _FEWEST_WORDS or len(different) < _FEWEST_DIFFERENT or votes[best] < _LEAST_SHARE * len(words):
         return UNDETERMINED
-    best = max(votes, key=votes.__getitem__)
-    return best if votes[best] >= _LEAST_SHARE * len(words) else UNDETERMINED
+    return UNDETERMINED if votes.get(second, 0.0) > _CLOSEST_SECOND * votes[best] else best
 
 
 def _cyrillic(sample: str) -> str:

@@ -17,7 +17,7 @@ from bloomery import artifact
 from bloomery.data.dataset import ROWS_PER_SHARD, SCHEMAS
 from bloomery.data.dedup import ExactDedup, NearDedup
 from bloomery.data.document import Drops
-from bloomery.data.part import Job
+from bloomery.data.part import Job, read_mark
 from bloomery.data.prepare_config import PrepareConfig
 from bloomery.errors import ArtifactError
 
@@ -98,7 +98,7 @@ class Merge:
 
     def _keep(self, job: Job, drops: Drops, room: int | None) -> pa.Table:
         """The candidates of a part that are no duplicates, at most `room`; what came before the last of them counts."""
-        table, mark = pq.read_table(job.file), artifact.read_json(job.mark)
+        table, mark = pq.read_table(job.file), read_mark(job.file)
         kept: list[int] = []
         last = table.num_rows
         for place, reason in self._judged(table):

@@ -1,7 +1,7 @@
 """One part of a source, read and filtered on its own: what processes do side by side, and what a killed run keeps.
 
-A part gives a Parquet file of candidates and, written last, a JSON mark that says the part is done. Whatever needs to
-know other parts (duplicates, limits, totals) is left to `merge`.
+A part gives a Parquet file of candidates, whose footer also holds what was dropped; a file with its footer is a part
+that is done. Whatever needs to know other parts (duplicates, limits, totals) is left to `merge`.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ ABOUT = [
 ]  # fmt: skip
 """Columns of candidates beside those of their kind; null where nobody asked for them."""
 
+_MARK = b"bloomery"
 _EXAMPLES = 3
 _DOCUMENTS_PER_ENCODE = 512
 _CALIBRATION_PARTS = 64
@@ -54,16 +55,17 @@ class Job:
     file: Path
 
     @property
-    def mark(self) -> Path:
-        return self.file.with_suffix(".json")
-
-    @property
     def done(self) -> bool:
         """Whether this very part has been worked on before."""
         try:
-            return bool(artifact.read_json(self.mark)["part"] == repr(self.part))
-        except ArtifactError:
+            return bool(read_mark(self.file)["part"] == repr(self.part))
+        except (OSError, pa.ArrowInvalid):  # not begun, or lost with the machine's power before it reached the disk
             return False
+
+
+def read_mark(file: Path) -> dict[str, Any]:
+    """`part`, `drops` (candidates before it, reason, example) and `hits` (candidates before it, hit) of a done part."""
+    return json.loads(pq.read_schema(file).metadata[_MARK])  # type: ignore[no-any-return]
 
 
 class Record(Drops):
@@ -93,7 +95,7 @@ class Worker:
             self._classifier, _ = quality.load(config.quality.trained or out / quality.FOLDER)
 
     def run(self, job: Job) -> None:
-        """Write the part's candidates, then its mark."""
+        """Write the part's candidates and its mark."""
         source, record = self.config.sources[job.source], Record()
         rows, texts, hits = list[dict[str, Any]](), list[str](), list[tuple[int, dict[str, Any]]]()
         for document in self._clean(source, job.part, record):
@@ -104,10 +106,10 @@ class Worker:
         hits += self._new_hits(record.passed)
         self._count_tokens(rows, texts)
         table = self._table(rows, job.file)
-        with artifact.replacing(job.file) as temporary:
+        mark = {"part": repr(job.part), "drops": record.events, "hits": hits}
+        table = table.replace_schema_metadata({_MARK: json.dumps(mark)})
+        with artifact.replacing(job.file, sync=False) as temporary:
             pq.write_table(table, temporary, compression="zstd", compression_level=1)
-        mark = {"part": repr(job.part), "candidates": len(rows), "drops": record.events, "hits": hits}
-        artifact.write_text(job.mark, json.dumps(mark, ensure_ascii=False))
 
     def _clean(self, source: Source, part: Any, record: Record) -> Iterator[Document]:
         documents = filtered(self.config, source, part, record)

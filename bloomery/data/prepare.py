@@ -82,7 +82,7 @@ def _train_quality(config: PrepareConfig, out: Path, jobs: list[Job]) -> None:
 
 
 def _runner(config: PrepareConfig, out: Path, jobs: Sequence[Job]) -> AbstractContextManager[Any]:
-    count = executor.num_processes(config.executor, len(jobs), sum(map(_bytes, jobs)), config.part_bytes)
+    count = executor.num_processes(config.executor, len(jobs), sum(map(_bytes, jobs)))
     count = min(count, sum(not job.done for job in jobs)) if config.executor.type == "local" else 1
     make = partial(Worker, config, out)
     return executor.Processes(make, count) if count > 1 else executor.InProcess(make)

@@ -72,6 +72,7 @@ def check(config: PrepareConfig) -> dict[str, Any]:
                 f"sources: {source.name} is given twice; its files would overwrite each other; rename one"
             )
         seen.add(source.name)
+        source.check_kind(config.kind)
     if config.math is not None and config.kind != "prompts":
         raise ConfigError(f"math: these filters read a question and its answer; kind {config.kind} has none; remove it")
     if config.instruction is not None and config.kind != "prompts":

@@ -17,7 +17,7 @@ from bloomery.data.procedural import Problem, generate
 from bloomery.data.qa_source import QAConfig, Questions
 from bloomery.errors import ConfigError
 
-_MODULES_PER_PART = 100
+_MODULES_PER_PART = 25
 
 
 class Source(Config, ABC):
@@ -54,6 +54,9 @@ class Source(Config, ABC):
         """The documents of one of `parts`."""
         return self.documents(kind, invalid)
 
+    def check_kind(self, kind: str) -> None:
+        """Raises `ConfigError` where the source can never give rows of `kind`."""
+
     def _only_text(self, kind: str) -> None:
         if kind != "documents":
             raise ConfigError(
@@ -70,6 +73,10 @@ class TextSource(Source):
     separator: str | None = Field(
         default=None, description="text between two documents of a file; each file is one where not given"
     )
+
+    def check_kind(self, kind: str) -> None:
+        """Text is a document and nothing else."""
+        self._only_text(kind)
 
     def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
         """Each file, or each part of it."""
@@ -204,6 +211,10 @@ class StdlibSource(Source):
     part: Literal["sources", "docstrings"] = Field(
         default="sources", description="whole modules, or one document a docstring"
     )
+
+    def check_kind(self, kind: str) -> None:
+        """Text is a document and nothing else."""
+        self._only_text(kind)
 
     def documents(self, kind: str, invalid: read.Invalid) -> Iterator[Document]:
         """Modules or docstrings."""
