@@ -170,3 +170,21 @@ def test_acereason_7b_is_the_papers_course_and_needs_no_data_to_be_checked():
     assert list(models.values())[1:] == [name for name, _, _ in course][:-1], "each stage goes on from the one before"
     assert {(step.config.num_prompts, step.config.updates_per_batch, step.config.kl) for step in steps
             if step.stage == "rl"} == {(128, 1, 0.0)}  # fmt: skip
+
+
+def test_crossthink_7b_has_the_papers_settings_and_needs_no_data_to_be_checked():
+    _, steps = recipe.load(CHECKOUT / "recipes" / "crossthink-7b.yaml")
+    found = recipe.check(steps)
+    assert "hf download Qwen/Qwen2.5-7B" in found["rl"]["inputs"]
+    both = {step.name: step.config for step in steps if step.stage == "rl"}
+    assert {name: config.blend.shares for name, config in both.items()} == {
+        "rl": {"gpr": 2, "math": 1}, "rl-math": {"math": 1},
+    }  # fmt: skip
+    one, other = both.values()
+    assert one.model_copy(update={"blend": None}) == other.model_copy(update={"blend": None}), (
+        "they differ in the blend"
+    )
+    assert (one.num_prompts, one.group_size, one.updates_per_batch, one.kl, one.temperature) == (128, 8, 1, 0.001, 1.0)
+    assert (one.loop.learning_rate, one.loop.max_steps) == (1e-6, 650)
+    assert one.max_prompt_tokens + one.max_new_tokens == 5000
+    assert (one.reward.combine, one.require_think) == ("and", True)

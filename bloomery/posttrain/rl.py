@@ -87,7 +87,8 @@ def _spread(config: RLConfig, start: ModelFolder) -> tuple[TrainState, Decoder |
 
 
 def _load_prompts(config: RLConfig, start: ModelFolder, drops: Drops) -> list[Prompt]:
-    return load_prompts(config.prompts, start.tokenizer, start.room(config.longest), drops)
+    room = start.room(config.longest)
+    return load_prompts(config.prompts, start.tokenizer, min(room, config.max_prompt_tokens or room), drops)
 
 
 def _rates_before(config: RLConfig) -> dict[str, PassRate]:

@@ -168,6 +168,9 @@ class RLConfig(Config):
     num_prompts: int = Field(gt=0, description="prompts in a batch of rollouts")
     group_size: int = Field(default=8, ge=2, description="completions of each prompt, compared with each other")
     max_new_tokens: int = Field(gt=0, description="longest completion, tokens")
+    max_prompt_tokens: int | None = Field(
+        default=None, gt=0, description="longest prompt, others are left out; null: what the context leaves"
+    )
     temperature: float = Field(default=1.0, gt=0, description="divides the logits, in sampling and in training")
     phases: tuple[Phase, ...] = Field(
         default=(), description="what changes on the way: lengths, group sizes, difficulty; in order"
