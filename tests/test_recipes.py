@@ -180,7 +180,7 @@ def test_crossthink_7b_has_the_papers_settings_and_needs_no_data_to_be_checked()
     assert {name: config.blend.shares for name, config in both.items()} == {
         "rl": {"gpr": 2, "math": 1}, "rl-math": {"math": 1},
     }  # fmt: skip
-    one, other = both.values()
+    one = both["rl"]
     assert one.model_copy(update={"blend": None}) == other.model_copy(update={"blend": None}), (
         "they differ in the blend"
     )
