@@ -6,11 +6,13 @@ rollouts; a `judge` may be `bloomery.verify.judge` or any other.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, fsum
 from typing import Any
 
 from bloomery.data.document import Document, Drops
+from bloomery.data.prompts import kind_of_question
+from bloomery.data.qa_convert import AMBIGUOUS
 from bloomery.errors import ArtifactError
 from bloomery.verify.audit import Case, Item, canaries
 from bloomery.verify.extract import boxed_answer
@@ -140,21 +142,57 @@ def by_difficulty(
     drops: Drops,
     above: float | None = None,
     at_most: float = 1.0,
+    guessed: float = GUESSED,
 ) -> Iterator[Document]:
     """The prompts with `above` < pass rate ≤ `at_most`; 6/16 is the paper's hard set. Unknown rates are kept.
 
-    `above=0` drops what was never solved: it teaches nothing until it is solved once.
+    `above=0` drops what was never solved: it teaches nothing until it is solved once. Of a choice, right answers that
+    blind guessing gives with a probability above `guessed` count as none (`PassRate.beyond_chance`).
     """
     for document in documents:
         known = rates.get(document.id)
         if known is None or not known.judged:
             yield document
-        elif above is not None and known.rate <= above:
+            continue
+        rate = known.beyond_chance(num_options(document), guessed)
+        if above is not None and rate <= above:
             drops.add(f"pass rate at most {above:g}", document.id)
-        elif known.rate > at_most:
+        elif rate > at_most:
             drops.add(f"pass rate above {at_most:g}", document.id)
         else:
             yield document
+
+
+def num_options(document: Document) -> int:
+    """How many a prompt gives to choose from; 0 where it gives none."""
+    return kind_of_question(document.metadata, document.source, document.columns["verifier"])[2]
+
+
+def one_wording(
+    documents: Iterable[Document], rates: Mapping[str, PassRate] | None, drops: Drops, least: int
+) -> Iterator[Document]:
+    """The prompts that have one answer in one wording: all but the questions opened from a choice whose answer could be
+    worded otherwise (`ambiguous: mark` in `prepare`) and of which a model that saw no options gave the gold fewer than
+    `least` times, or was never asked."""
+    for document in documents:
+        if not any(done.get(AMBIGUOUS) for done in document.metadata.get("transforms", ())):
+            yield document
+        elif rates is None or document.id not in rates:
+            drops.add("could be worded otherwise, not tried", document.id)
+        elif rates[document.id].right < least:
+            drops.add(f"could be worded otherwise, given fewer than {least} times", document.id)
+        else:
+            yield document
+
+
+def with_difficulty(documents: Iterable[Document], rates: Mapping[str, PassRate], model: str) -> Iterator[Document]:
+    """Questions that know their pass rate: `n_pass` of `n_try` by `judge_model`, and 1 − rate as `difficulty`."""
+    for document in documents:
+        known = rates.get(document.id)
+        if known is not None and known.judged and "item" in document.metadata:
+            found = {"difficulty": 1 - known.rate, "n_pass": known.right, "n_try": known.judged, "judge_model": model}
+            document = replace(document, metadata={**document.metadata, **found})
+        yield document
 
 
 def right_tokens(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

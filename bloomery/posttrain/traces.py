@@ -22,8 +22,15 @@ class RolloutStore:
     def write(self, step: int, rollouts: Rollouts) -> None:
         """Keep the samples that `step` learns from first."""
         table = pa.Table.from_pylist(list(_rows(step, rollouts)), schema=SCHEMAS["traces"])
-        with artifact.replacing(self.folder / f"rollouts-{step:05d}.parquet") as temporary:
+        with artifact.replacing(self._file(step)) as temporary:
             pq.write_table(table, temporary)
+
+    def has(self, step: int) -> bool:
+        """Whether the samples of `step` are kept."""
+        return self._file(step).exists()
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"rollouts-{step:05d}.parquet"
 
     def rewind(self, step: int) -> None:
         """Forget what a resumed run will write again: everything after `step`."""
