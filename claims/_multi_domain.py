@@ -80,6 +80,7 @@ GPR = ("logic", "relational", "text", "table")
 TRANSFER = ("dates", "schedule")
 Sources = tuple[tuple[str, Mapping[str, Any], float], ...]
 SOURCES: dict[str, Sources] = {
+    "lookups": (("verdict", {"people": 1, "deeds": 1}, 1.0),),
     "math": (("chain", {"max_operand": 9, "max_factor": 5, "max_result": 40}, 1.0),),
     "logic": (("verdict", {}, 0.6), ("knights", {}, 0.4)),
     "relational": (("family", {}, 0.5), ("order", {}, 0.5)),
@@ -93,7 +94,7 @@ SOURCES: dict[str, Sources] = {
         ("table", {"rows": 5, "columns": 3, "max_value": 10, "questions": ("most", "least")}, 0.25),
     ),
 }  # fmt: skip
-"""Domain → its tasks, their settings and shares. Harder problems are asked in exams alone."""
+"""Domain → its tasks, their settings and shares. Lookups are the first lessons, harder problems are for exams alone."""
 _AT_ONCE = {"train": 300, "test": 32}
 """Problems asked of a task at once: fewer than it holds; more come from further seeds."""
 

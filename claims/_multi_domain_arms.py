@@ -55,7 +55,8 @@ class Size:
     small: ModelConfig = world.SMALL
     big: ModelConfig = world.BIG
     lessons: int = 20_000
-    sft_steps: int = 1500
+    lookup_steps: int = 400
+    sft_steps: int = 1200
     big_sft_steps: int = 900
     mixed_steps: int = 120
     practice: Practice = field(default_factory=Practice)
@@ -69,8 +70,8 @@ class Size:
 
 FULL = Size()
 SMOKE = Size(
-    small=world.sized(32), big=world.sized(48), lessons=120, sft_steps=6, big_sft_steps=4, mixed_steps=2,
-    practice=Practice(batches=2, num_prompts=6, group_size=2, length=24),
+    small=world.sized(32), big=world.sized(48), lessons=120, lookup_steps=4, sft_steps=6, big_sft_steps=4,
+    mixed_steps=2, practice=Practice(batches=2, num_prompts=6, group_size=2, length=24),
     pool={"math": 12} | dict.fromkeys(GPR, 6), items=dict.fromkeys(("math", "harder", *GPR, *TRANSFER), 4), samples=2,
     votes=2,
 )  # fmt: skip
@@ -109,20 +110,24 @@ class Cell:
         return world.problems(domain, 100 * self.seed + what, count, **settings)
 
     def warm_start(self) -> dict[str, Any]:
-        """Solutions with steps, then a mixture of manners that is the same in every domain."""
-        size = self.size
-        for what, steps, manners, rate in (
-            (0, size.big_sft_steps if self.big else size.sft_steps, ONLY_STEPS, world.RATE),
-            (20, size.mixed_steps, world.MIXTURE, world.RATE / 3),
-        ):
-            for _ in world.fine_tune(self.model, self._lessons(what, manners), steps, rate, self.seed):
-                pass
+        """Solutions with steps, first of lookups alone, then a mixture of manners that is the same in every domain."""
+        size, rate = self.size, world.RATE
+        steps = size.big_sft_steps if self.big else size.sft_steps
+        self._study(0, size.lookup_steps, rate, {"lookups": 4}, ONLY_STEPS)
+        self._study(0, steps, rate, LESSONS, ONLY_STEPS)
+        self._study(20, size.mixed_steps, rate / 3, LESSONS, world.MIXTURE)
         return {"tokens of RL": 0, "groups that teach": 0.0}
 
-    def _lessons(self, what: int, manners: Mapping[Manner, float]) -> list[world.Lesson]:
+    def _study(
+        self, what: int, steps: int, rate: float, domains: Mapping[str, int], manners: Mapping[Manner, float]
+    ) -> None:
+        for _ in world.fine_tune(self.model, self._lessons(what, domains, manners), steps, rate, self.seed):
+            pass
+
+    def _lessons(self, what: int, domains: Mapping[str, int], manners: Mapping[Manner, float]) -> list[world.Lesson]:
         one = self.size.lessons / sum(LESSONS.values())
         random, found = Random(f"lessons {self.seed} {what}"), []
-        for domain, share in LESSONS.items():
+        for domain, share in domains.items():
             forms = ("open",) if domain == "math" else ("open", "choice")
             for place, form in enumerate(forms):
                 for problem in self.drawn(domain, what + 10 * place, round(one * share / len(forms)), form=form):

@@ -162,8 +162,9 @@ def _power(noise: float, seeds: int) -> str:
     """What the A/A test says of all other comparisons."""
     from scipy.special import stdtrit
 
-    wide = stdtrit(seeds - 1, 0.975) + stdtrit(seeds - 1, 0.8) if seeds > 1 else math.inf
-    root = math.sqrt(seeds)
+    if seeds < 2:
+        return "One seed says nothing of noise."
+    root, wide = math.sqrt(seeds), stdtrit(seeds - 1, 0.975) + stdtrit(seeds - 1, 0.8)
     return (
         f"Differences of two runs on one blend have a standard deviation of {noise:.3f} over seeds. So a gap below "
         f"{2 * noise / root:.3f} is not shown, and with {seeds} seeds a gap of {wide * noise / root:.3f} is found in "
