@@ -67,6 +67,7 @@ def check(config: ExecutorConfig) -> None:
         )
     if config.type != "local":
         _datatrove()
+        _require_ray(config)
     elif {"tasks", "cpus_per_task", "memory_gb_per_cpu"} & config.model_fields_set - _defaults(config):
         raise ConfigError("executor: tasks, cpus_per_task and memory_gb_per_cpu are for clusters; remove them")
 
@@ -237,6 +238,14 @@ def _wait_for_slurm(job: str, jobs: Sequence["Job"]) -> None:
         if listed.returncode or not listed.stdout.strip():
             return
         time.sleep(_POLL_SECONDS)
+
+
+def _require_ray(config: ExecutorConfig) -> None:
+    if config.type == "ray":
+        try:
+            import ray  # noqa: F401
+        except ImportError:
+            raise ConfigError("executor.type: ray is not installed; pip install 'bloomery[data,ray]'") from None
 
 
 def _datatrove() -> Any:

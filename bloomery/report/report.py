@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from bloomery import artifact
-from bloomery.report import curves, efficiency, facts, lineage, quantities, results, samples
+from bloomery.report import curves, efficiency, facts, kept, lineage, quantities, results, samples
 from bloomery.report.run import Run, Stage, read_run
 
 PAGE = "report.html"
@@ -49,6 +49,7 @@ def render(run: Run) -> str:
         curve_data=_curve_data([*chain(*pictures.values()), *(each.picture for each in compared)]),
         problems=samples.problems(found),
         data={stage.name: tables for stage in run.stages if (tables := _data_tables(run, stage))},
+        kept={stage.name: found for stage in run.stages if (found := kept.kept(stage))},
         models=[size for stage in run.stages if (size := facts.model_size(stage))],
         summary_rows=facts.summary_rows,
         summary_tables=facts.summary_tables,
@@ -90,7 +91,11 @@ def _overview(run: Run) -> dict[str, Any]:
 
 
 def _data_tables(run: Run, stage: Stage) -> list[tuple[str, facts.Grid]]:
-    return facts.data_tables(stage) + facts.planned_and_read(stage, map(run.stage, stage.sources))
+    tables, account = facts.data_tables(stage), kept.kept(stage)
+    if account is not None and stage.summary.get("inventory"):  # the bars and the inventory say what this would repeat
+        tables = [(title, grid) for title, grid in tables if title != "sources"]
+    reasons = [("dropped", account.reasons)] if account is not None and account.reasons is not None else []
+    return tables + reasons + facts.planned_and_read(stage, map(run.stage, stage.sources))
 
 
 def _progress(stage: Stage) -> str:

@@ -168,6 +168,7 @@ def cluster(monkeypatch):
     package.executor = module
     monkeypatch.setitem(sys.modules, "datatrove", package)
     monkeypatch.setitem(sys.modules, "datatrove.executor", module)
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
     return fake
 
 
@@ -212,6 +213,12 @@ def test_ray_needs_no_partition(settings, tmp_path, cluster):
     assert set(cluster.submitted[0].settings) == {
         "workers", "logging_dir", "skip_completed", "cpus_per_task", "mem_per_cpu_gb",
     }  # fmt: skip
+
+
+def test_ray_itself_is_asked_for(cluster, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"ray is not installed; pip install 'bloomery\[data,ray\]'"):
+        executor.check(executor.ExecutorConfig(type="ray"))
 
 
 @pytest.mark.parametrize(
