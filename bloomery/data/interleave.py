@@ -5,12 +5,14 @@ round(p · c), where p is the child's share; so every draw finds its way from th
 often each source was drawn before is known on the way.
 """
 
-import heapq
 from collections.abc import Sequence
 
 import numpy as np
 
-_CHUNK = 16_384  # draws handled at once: their arrays stay in the processor's cache
+from bloomery.data.interleave_tree import balanced_tree
+
+_WINDOW = 2**19  # draws swept through the tree at once: enough to pay for visiting its nodes, few enough for memory
+_MANY = 8  # draws per source from which it is cheaper to visit each node once than to take each draw down by itself
 
 
 class Interleave:
@@ -19,36 +21,27 @@ class Interleave:
 
     def __init__(self, counts: Sequence[int]):
         self.num_sources, self.total = len(counts), int(sum(counts))
+        children, weights, self._root = balanced_tree(counts)
         size = 2 * self.num_sources
         self._light, self._heavy = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         self._share = np.zeros(size)  # of the lighter child, so at most ½: its count grows by at most one a draw
-        self._root = self._grow(counts)
-
-    def _grow(self, counts: Sequence[int]) -> int:
-        """Joins the two lightest nodes until one is left (Huffman): a child is seldom much lighter than its sibling's
-        children, which keeps the sum of what rounding costs on the way small. Leaves come first in the arrays."""
-        waiting = [(int(count), source) for source, count in enumerate(counts) if count]
-        heapq.heapify(waiting)
-        node = self.num_sources
-        while len(waiting) > 1:
-            light, heavy = heapq.heappop(waiting), heapq.heappop(waiting)
-            total = light[0] + heavy[0]
-            self._light[node], self._heavy[node], self._share[node] = light[1], heavy[1], light[0] / total
-            heapq.heappush(waiting, (total, node))
-            node += 1
-        return waiting[0][1] if waiting else 0
+        for node, both in children.items():
+            light, heavy = sorted(both, key=lambda child: (weights[child], child))
+            self._light[node], self._heavy[node], self._share[node] = light, heavy, weights[light] / weights[node]
 
     def draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source, and how often it was drawn before, of the places [start, stop): two (n,) int64 arrays."""
         source, number = np.empty(stop - start, dtype=np.int64), np.empty(stop - start, dtype=np.int64)
-        for begin in range(start, stop, _CHUNK):
-            part = slice(begin - start, min(stop, begin + _CHUNK) - start)
-            self._descend(np.arange(begin, begin + part.stop - part.start), source[part], number[part])
+        one_way = self._sweep if stop - start > _MANY * self.num_sources else self._descend
+        for begin in range(start, stop, _WINDOW):
+            part = slice(begin - start, min(stop, begin + _WINDOW) - start)
+            one_way(begin, source[part], number[part])
         return source, number
 
-    def _descend(self, place: np.ndarray, source: np.ndarray, number: np.ndarray) -> None:
-        """Takes each place of the root down to a place within its source."""
-        node, before, waiting = np.full(len(place), self._root), place.astype(np.float64), np.arange(len(place))
+    def _descend(self, start: int, source: np.ndarray, number: np.ndarray) -> None:
+        """Takes each place from `start` on down to a source, all places level by level."""
+        before = np.arange(start, start + len(source), dtype=np.float64)
+        node, waiting = np.full(len(source), self._root), np.arange(len(source))
         while len(waiting):
             arrived = node < self.num_sources
             if arrived.any():
@@ -59,6 +52,24 @@ class Interleave:
             goes_light = np.floor(share * (before + 1) + 0.5) > light
             before = np.where(goes_light, light, before - light)
             node = np.where(goes_light, self._light[node], self._heavy[node])
+
+    def _sweep(self, start: int, source: np.ndarray, number: np.ndarray) -> None:
+        """The same node by node: the places that reach a node follow one another there."""
+        steps, work = np.arange(len(source) + 1, dtype=np.float64), np.empty(len(source) + 1)
+        waiting = [(self._root, start, np.arange(len(source)))]
+        while waiting:
+            node, first, places = waiting.pop()
+            if node < self.num_sources:
+                source[places], number[places] = node, np.arange(first, first + len(places))
+                continue
+            light = np.add(steps[: len(places) + 1], first, out=work[: len(places) + 1])
+            light *= self._share[node]
+            light += 0.5
+            np.floor(light, out=light)
+            begun, goes_light = int(light[0]), light[1:] > light[:-1]
+            own, others = places.take(np.flatnonzero(goes_light)), places.take(np.flatnonzero(~goes_light))
+            waiting += [(int(self._light[node]), begun, own)] * (len(own) > 0)
+            waiting += [(int(self._heavy[node]), first - begun, others)] * (len(others) > 0)
 
     def counts_at(self, place: int) -> np.ndarray:
         """(sources,) how often each source is drawn before `place`."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bloomery.data.interleave import Interleave
-from bloomery.data.permutation import key, permute
+from bloomery.data.permutation import base, keys, permute
 from bloomery.errors import ConfigError
 
 MAX_SOURCES = 32_766  # source ids are int16 in a batch
@@ -188,12 +188,13 @@ class Plan:
         Each epoch of a source is a keyed permutation of its rows, by (seed, source name, epoch).
         """
         source, number = self.order(start, stop)
-        row, epoch = np.zeros_like(number), np.zeros_like(number)
-        for index in np.unique(source):
-            mine, size = source == index, self.rows[index]
-            epoch[mine], slot = np.divmod(number[mine], size)
-            row[mine] = permute(slot, size, key(self.seed, self.sources[index], epoch[mine]))
-        return source, row, epoch
+        rows = np.array(self.rows, dtype=np.int64)[source]
+        epoch, slot = np.divmod(number, rows)
+        return source, permute(slot, rows, keys(self._bases[source], epoch)), epoch
+
+    @cached_property
+    def _bases(self) -> np.ndarray:
+        return np.array([base(self.seed, name) for name in self.sources], dtype=np.uint64)
 
 
 def make_plan(
