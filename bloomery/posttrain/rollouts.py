@@ -159,11 +159,13 @@ class Rollouts:
         return {k: v for k, v in (found | self._by_source(judged) | self._statuses()).items() if v is not None}
 
     def _by_source(self, judged: list[Sample]) -> dict[str, float | None]:
+        """Under a name of its own where several domains have the plain one."""
         names = sorted({s.prompt.source for s in judged})
+        metric = "accuracy" if len({s.prompt.domain for s in judged}) < 2 else "source_accuracy"
         if len(names) < 2:
             return {}
         return {
-            f"accuracy/{name}": _mean([s.verdict.correct for s in judged if s.prompt.source == name]) for name in names
+            f"{metric}/{name}": _mean([s.verdict.correct for s in judged if s.prompt.source == name]) for name in names
         }
 
     def _statuses(self) -> dict[str, float]:

@@ -30,7 +30,8 @@ class Panel:
 
 _REWARD = Panel("Reward and accuracy", "share", ("reward", "accuracy", "validation_accuracy"))
 _REST = (
-    Panel("Accuracy by source", "share", parts_of=("accuracy",)),
+    Panel("Accuracy by part", "share", parts_of=("accuracy",)),
+    Panel("Accuracy by source", "share", parts_of=("source_accuracy",)),
     Panel("Beyond chance", "accuracy − 1/options", parts_of=("beyond_chance",)),
     Panel("Reward by domain", "", parts_of=("reward",)),
     Panel("Form kept", "share of answers", ("format", "accuracy_malformed"), ("format",)),
