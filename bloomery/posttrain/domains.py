@@ -118,12 +118,13 @@ class DomainWatch:
         """What is added up over the window."""
         formed = [s.form.correct for s in own.samples if s.form is not None]
         options = [s.prompt.options for s in own.samples if s.prompt.options]
-        labels = [chosen(s.completion.text or "", self.require_think) for s in own.samples if s.prompt.options]
+        said = [(chosen(s.completion.text or "", self.require_think), s.prompt.options) for s in own.samples]
+        labels = [label for label, count in said if label and label < chr(ord("A") + count)]
         return {
             "groups": len(own.groups), "flat": len(own.groups) - len(own.mixed()),
             "samples": len(own.samples), "truncated": int(own.truncated.sum()),
             "formed": len(formed), "form": sum(formed),
-            "labels": dict(Counter(label for label in labels if label)), "options": dict(Counter(map(str, options))),
+            "labels": dict(Counter(labels)), "options": dict(Counter(map(str, options))),
         }  # fmt: skip
 
     def _check(self, name: str, last: Sequence[Mapping[str, Any]]) -> None:
