@@ -66,7 +66,7 @@ def fit_trees(x: np.ndarray, y: np.ndarray, weights: np.ndarray, logs: np.ndarra
 
     models = [
         GradientBoostingRegressor(
-            n_estimators=300, learning_rate=0.05, max_depth=4, subsample=0.7, max_features=0.5, random_state=0
+            n_estimators=150, learning_rate=0.1, max_depth=4, subsample=0.7, max_features=0.5, random_state=0
         ).fit(x, column, sample_weight=weights)
         for column in y.T
     ]
@@ -74,10 +74,12 @@ def fit_trees(x: np.ndarray, y: np.ndarray, weights: np.ndarray, logs: np.ndarra
 
 
 def fit_exponential(x: np.ndarray, y: np.ndarray, weights: np.ndarray, logs: np.ndarray) -> Predict:
-    """c + k · exp(t · features) for every target, by Huber loss and L-BFGS from a few starts."""
+    """c + k · exp(t · features) for every target, by Huber loss and L-BFGS; a loss starts as falling."""
     center, scale = x.mean(0), np.maximum(x.std(0), 1e-9)
     standard, share = (x - center) / scale, weights / weights.sum()
-    laws = [_exponential(standard, column, share) for column in y.T]
+    laws = [
+        _exponential(standard, column, share, 1.0 if falls else -1.0) for column, falls in zip(y.T, logs, strict=True)
+    ]
 
     def predict(new: np.ndarray) -> np.ndarray:
         inputs = (new - center) / scale
@@ -86,7 +88,9 @@ def fit_exponential(x: np.ndarray, y: np.ndarray, weights: np.ndarray, logs: np.
     return predict
 
 
-def _exponential(x: np.ndarray, y: np.ndarray, share: np.ndarray) -> tuple[float, float, np.ndarray]:
+def _exponential(
+    x: np.ndarray, y: np.ndarray, share: np.ndarray, sign: float
+) -> tuple[float, float, np.ndarray]:  # fmt: skip
     from scipy.optimize import minimize
 
     middle, spread = float(np.average(y, weights=share)), max(float(y.std()), 1e-12)
@@ -103,9 +107,8 @@ def _exponential(x: np.ndarray, y: np.ndarray, share: np.ndarray) -> tuple[float
         gradient = np.concatenate([[slope.sum(), slope @ rise], x.T @ inner + 2e-4 * theta[2:]])
         return float(value + 1e-4 * theta[2:] @ theta[2:]), gradient
 
-    starts = [np.concatenate([[-scale], [scale], np.zeros(x.shape[1])]) for scale in (1.0, -1.0)]
-    best = min((minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 300}) for start in starts),
-               key=lambda found: found.fun)  # fmt: skip
+    start = np.concatenate([[-sign], [sign], np.zeros(x.shape[1])])
+    best = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 300})
     return middle + spread * best.x[0], spread * best.x[1], best.x[2:]
 
 
@@ -151,9 +154,11 @@ def fit(law: str, table: Table, weights: np.ndarray | None = None, rows: np.ndar
 
 
 def for_law(law: str, table: Table, objective: Objective) -> tuple[Table, Objective]:
-    """What a law is fitted to: all targets, each by itself; trees, which take long, to the objective alone."""
+    """What a law is fitted to: each target that counts; trees, which take long, to the objective alone."""
     if law != "trees":
-        return table, objective
+        counts = np.flatnonzero(objective.signs)
+        names = tuple(table.targets[place] for place in counts)
+        return replace(table, targets=names, found=table.found[:, counts]), Objective(names, objective.signs[counts])
     alone = replace(table, targets=("objective",), found=objective(table.found)[:, None])
     return alone, Objective(alone.targets, np.ones(1))
 
@@ -183,19 +188,22 @@ def _measured(predicted: np.ndarray, plain: np.ndarray, truth: np.ndarray, group
         measure(np.concatenate([members[g] for g in random.integers(len(members), size=len(members))]))
         for _ in range(_DRAWS)
     ]
-    whole, low, high = measure(np.arange(len(truth))), *np.quantile(draws, [0.025, 0.975], axis=0)
-    bounded = [Bounded(float(w), float(a), float(b)) for w, a, b in zip(whole, low, high, strict=True)]
-    return Validation(*bounded, predicted)
+    whole, (low, high) = measure(np.arange(len(truth))), np.quantile(draws, [0.025, 0.975], axis=0)
+    rank, error, skill = (Bounded(float(w), float(a), float(b)) for w, a, b in zip(whole, low, high, strict=True))
+    return Validation(rank, error, skill, predicted)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's: the correlation of ranks, ties sharing theirs; 0 where one side is constant."""
-    from scipy.stats import rankdata
-
-    left, right = rankdata(a), rankdata(b)
+    left, right = _ranks(a), _ranks(b)
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return 0.0
     return float(np.corrcoef(left, right)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def refuse_small(table: Table) -> None:

@@ -15,7 +15,7 @@ from bloomery.data.blend_law import Bounded, Objective, Predict, Validation, bes
 from bloomery.data.blend_table import Budget, Table, features
 from bloomery.errors import ConfigError
 
-_VERTICES, _ROUNDS, _CHILDREN, _ELITE = 64, 24, 512, 32
+_VERTICES, _ROUNDS, _CHILDREN, _ELITE = 48, 20, 384, 24
 _MARGIN = 0.999
 """Of a cap: what counts of whole sequences may add to a share by rounding must still fit."""
 
