@@ -89,6 +89,8 @@ def _number(estimate: Estimate | None) -> str:
 def _ratio(found: Difference | None) -> str:
     if found is None:
         return "–"
+    if found.n == 1:  # no interval over one item
+        return f"× {found.effect:.2f}, 1 item"
     return f"× {found.effect:.2f} ({found.low:.2f} – {found.high:.2f}), {quantities.grouped(found.n)} items"
 
 

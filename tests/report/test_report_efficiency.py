@@ -33,7 +33,7 @@ def test_models_are_compared_on_what_both_solve(tmp_path):
     assert before[2].startswith("40 (")  # 80 / 2
     assert before[3].startswith("1.2 (")  # 30 / 25
     assert [cell.replace("\N{NARROW NO-BREAK SPACE}", "") for cell in before[4:]] == ["33.3%", "33.3%", "66.7%", "–"]
-    assert after[-1] == "× 2.00 (2.00 – 2.00), 1 items"
+    assert after[-1] == "× 2.00, 1 item"
     line = dict(zip(compared.picture.traces[1]["x"], compared.picture.traces[1]["y"], strict=True))
     assert (line[19], line[20], line[60]) == (0.0, 0.5, 1.0)
 
