@@ -55,7 +55,7 @@ class Size:
     small: ModelConfig = world.SMALL
     big: ModelConfig = world.BIG
     lessons: int = 20_000
-    lookup_steps: int = 400
+    lookup_steps: int = 450
     sft_steps: int = 1200
     big_sft_steps: int = 900
     mixed_steps: int = 120
@@ -110,11 +110,11 @@ class Cell:
         return world.problems(domain, 100 * self.seed + what, count, **settings)
 
     def warm_start(self) -> dict[str, Any]:
-        """Solutions with steps, first of lookups alone, then a mixture of manners that is the same in every domain."""
+        """Solutions with steps, at first half of them lookups; then a mixture of manners, in every domain the same."""
         size, rate = self.size, world.RATE
         steps = size.big_sft_steps if self.big else size.sft_steps
-        self._study(0, size.lookup_steps, rate, {"lookups": 4}, ONLY_STEPS)
-        self._study(0, steps, rate, LESSONS, ONLY_STEPS)
+        self._study(0, size.lookup_steps, rate, LESSONS | {"lookups": sum(LESSONS.values())}, ONLY_STEPS)
+        self._study(50, steps, rate, LESSONS | {"lookups": 4}, ONLY_STEPS)
         self._study(20, size.mixed_steps, rate / 3, LESSONS, world.MIXTURE)
         return {"tokens of RL": 0, "groups that teach": 0.0}
 
@@ -125,7 +125,7 @@ class Cell:
             pass
 
     def _lessons(self, what: int, domains: Mapping[str, int], manners: Mapping[Manner, float]) -> list[world.Lesson]:
-        one = self.size.lessons / sum(LESSONS.values())
+        one = self.size.lessons / sum(domains.values())
         random, found = Random(f"lessons {self.seed} {what}"), []
         for domain, share in domains.items():
             forms = ("open",) if domain == "math" else ("open", "choice")

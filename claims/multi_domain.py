@@ -92,7 +92,7 @@ Generated problems and a model of a quarter of a million parameters (the bigger 
 all domains share, so what carries over to the two domains without rewards is partly that choice; the shares of answers
 with steps stand above. Those two domains were in the lessons before RL. Arms have equal numbers of prompts and
 batches, as in the paper, not equal tokens; both are in the table. The blend is the paper's natural and its 2:1 mixture
-at once, which by counts are the same. Row 6 uses open questions alone, one greedless try of the small model, and golds
+at once, which by counts are the same. Row 6 uses open questions alone, one sampled try of the small model, and golds
 that are right by construction. Score-weighted blends were not tried. Five seeds, one learning rate, no KL penalty.
 """
 
