@@ -33,17 +33,23 @@ def sketch_data(
     typer.echo(json.dumps({"sketches": str(folder)}) if as_json else str(folder))
 
 
+def _settings(dataset: Path, proxy: Path, dim: int, kind: str, seed: int, max_tokens: int) -> Any:
+    from bloomery import config
+    from bloomery.synthesize.sketching import SketchingConfig
+
+    return config.build(SketchingConfig, {
+        "data": dataset, "proxy": proxy, "sketch": {"kind": kind, "dim": dim, "seed": seed}, "max_tokens": max_tokens,
+    })  # fmt: skip
+
+
 def _sketched(dataset: Path, proxy: Path, out: Path | None, dim: int, kind: str, seed: int, max_tokens: int) -> Path:
     from bloomery import artifact, config
-    from bloomery.synthesize.sketching import SketchingConfig, sketch_dataset
+    from bloomery.synthesize.sketching import sketch_dataset
 
-    settings = {
-        "data": dataset, "proxy": proxy, "sketch": {"kind": kind, "dim": dim, "seed": seed}, "max_tokens": max_tokens,
-    }  # fmt: skip
-    chosen = config.build(SketchingConfig, settings)
+    chosen = _settings(dataset, proxy, dim, kind, seed, max_tokens)
     if out is None:
-        digests = {name: artifact.digest(artifact.resolve(path, kind), kind)
-                   for name, (kind, path) in config.inputs(chosen).items()}  # fmt: skip
+        inputs = config.inputs(chosen).items()
+        digests = {name: artifact.digest(artifact.resolve(path, what), what) for name, (what, path) in inputs}
         out = Path("runs/sketches") / f"{dataset.name}-{artifact.key('sketch', chosen, digests)[:12]}"
     sketch_dataset(chosen, out)
     return out
@@ -61,6 +67,9 @@ def score_data(
     size: Annotated[
         list[int] | None, typer.Option(help="rarefy to this many samples; may be repeated; default: 500, 1000, 2000")
     ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="also other measures and controls, of one subset of the first size")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """G-Vendi of a dataset with its interval, rarefied to common sizes. Compare rarefied scores only."""
@@ -73,6 +82,12 @@ def score_data(
         )
     folders = data if proxy is None else [_sketched(data[0], proxy, out, dim, kind, seed, max_tokens)]
     found = score(*folders, sizes=size or SIZES)
+    if baselines:
+        if proxy is None:
+            raise ConfigError("--baselines: needs the dataset and --proxy; sketches alone hold neither text nor model")
+        from bloomery.synthesize.compare import compare
+
+        found["baselines"] = compare(_settings(data[0], proxy, dim, kind, seed, max_tokens), (size or SIZES)[0])
     typer.echo(json.dumps(found) if as_json else _text(found))
 
 
@@ -97,4 +112,51 @@ def _text(found: dict[str, Any]) -> str:
         shares = ", ".join(f"{name} {value:.2f}" for name, value in found["sources"]["of_source"].items())
         lines.append(f"sources in nats    {shares}; between them {found['sources']['between']:.2f}")
     lines += [f"dropped            {count} {reason}" for reason, count in found["dropped"].items()]
+    lines += [f"{name:<32} {value:.4g}" for name, value in found.get("baselines", {}).items()]
     return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
+
+
+@app.command("select")
+def select_data(
+    sketches: Annotated[Path, typer.Argument(help="folder of sketches")],
+    count: Annotated[int | None, typer.Option(help="samples to keep; default: a weight for each", min=1)] = None,
+    method: Annotated[str, typer.Option(help="greedy (log-determinant) or gain (for large pools)")] = "greedy",
+    out: Annotated[Path | None, typer.Option(help="JSONL to write; default: standard output")] = None,
+) -> None:
+    """Which samples to keep, or how much to weigh each, so that the score is high: one JSON line a sample."""
+    from bloomery import artifact
+    from bloomery.errors import ConfigError
+    from bloomery.synthesize import select
+    from bloomery.synthesize.shards import Sketches
+
+    methods = {"greedy": select.greedy, "gain": select.by_gain}
+    if method not in methods:
+        raise ConfigError(f"--method: {method!r}; choose {' or '.join(methods)}")
+    found = Sketches(sketches)
+    ids, rows = found.column("id"), found.rows()
+    if count is not None and count > len(rows):
+        raise ConfigError(f"--count: {count} of {len(rows)} samples; choose at most all")
+    if count is None:
+        lines = [{"id": name, "weight": round(float(w), 4)} for name, w in zip(ids, select.weights(rows), strict=True)]
+    else:
+        lines = [{"id": ids[place]} for place in methods[method](rows, count).tolist()]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        artifact.write_text(out, text)
+
+
+@app.command("map")
+def map_data(
+    sketches: Annotated[Path, typer.Argument(help="folder of sketches")],
+    out: Annotated[Path, typer.Option(help="HTML page to write")],
+    data: Annotated[Path | None, typer.Option(help="the dataset, for the texts under the pointer")] = None,
+    clusters: Annotated[int, typer.Option(help="k-means clusters; 0: by the number of samples", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a dataset in gradient space: clusters, density, texts. One offline page."""
+    from bloomery.synthesize.map import write_map
+
+    found = write_map(sketches, data, out, clusters)
+    typer.echo(json.dumps(found) if as_json else found["map"])

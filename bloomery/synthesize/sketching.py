@@ -2,7 +2,7 @@
 blocks, without a word to the others; what is there already is kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -101,7 +101,7 @@ class _Worker:
         """Write one block."""
         drops = Drops()
         samples = list(encode_samples(rows, self.start.tokenizer, block.header.max_tokens, drops))
-        z, losses = self.sketches(samples)
+        z, losses = sketch_samples(self.model, samples, self.config, self.start.pad_id, self.sketcher)
         norms = np.linalg.norm(z, axis=1)
         good = np.isfinite(norms) & (norms > 0)
         for place in np.flatnonzero(~good):
@@ -114,13 +114,16 @@ class _Worker:
         told = block.model_copy(update={"dropped": counts, "dropped_ids": first, "cut": drops.counts[CUT]})
         write_block(out, told, Columns(ids, sources, tokens, losses[good], norms[good], z[good]))
 
-    def sketches(self, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
-        """(n, dim) and (n,) in the order of the samples."""
-        device = next(self.model.parameters()).device
-        z = np.zeros((len(samples), self.config.sketch.dim), dtype=np.float32)
-        losses = np.zeros(len(samples), dtype=np.float32)
-        for places, batch in batches(samples, self.start.pad_id, self.config.batch_tokens):
-            moved = {name: value.to(device) for name, value in batch.items()}
-            found, nll = sketch(self.model, moved, self.sketcher, self.config.path)
-            z[places], losses[places] = found.float().cpu().numpy(), nll.float().cpu().numpy()
-        return z, losses
+
+def sketch_samples(
+    proxy: Decoder, samples: Sequence[Sample], config: SketchingConfig, pad_id: int, sketcher: Sketcher | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sketches (n, dim) and mean losses (n,) in the order of the samples, in memory."""
+    sketcher, device = sketcher or Sketcher(config.sketch), next(proxy.parameters()).device
+    z = np.zeros((len(samples), config.sketch.dim), dtype=np.float32)
+    losses = np.zeros(len(samples), dtype=np.float32)
+    for places, batch in batches(samples, pad_id, config.batch_tokens):
+        moved = {name: value.to(device) for name, value in batch.items()}
+        found, nll = sketch(proxy, moved, sketcher, config.path)
+        z[places], losses[places] = found.float().cpu().numpy(), nll.float().cpu().numpy()
+    return z, losses

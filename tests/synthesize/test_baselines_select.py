@@ -7,6 +7,7 @@ import pytest
 
 from bloomery.data.document import Drops
 from bloomery.synthesize import baselines, select, vendi
+from bloomery.synthesize.map import cluster, density
 from bloomery.synthesize.samples import read_samples
 from bloomery.synthesize.vendi import Moments
 from bloomery.train.model_folder import open_model
@@ -78,12 +79,23 @@ def test_selections_are_more_diverse_than_chance(choose):
 def test_greedy_is_the_brute_force_choice():
     rows = np.random.default_rng(1).normal(size=(12, 5))
     unit = vendi.unit(rows)
-    matrix, left = 0.05 * np.eye(5), list(range(12))
-    for place in select.greedy(rows, 4):
+    first, *following = select.greedy(rows, 4)  # the first is as good as any
+    matrix, left = 0.05 * np.eye(5) + np.outer(unit[first], unit[first]), [n for n in range(12) if n != first]
+    for place in following:
         volumes = {n: np.linalg.slogdet(matrix + np.outer(unit[n], unit[n]))[1] for n in left}
         assert place == max(volumes, key=volumes.get)
         matrix += np.outer(unit[place], unit[place])
         left.remove(place)
+
+
+def test_clusters_and_density_see_copies():
+    unit = vendi.unit(np.concatenate([np.repeat(np.eye(8)[:1], 12, axis=0), np.eye(8)[1:3], -np.eye(8)[1:3]]))
+    labels = cluster(unit, 2, seed=0)
+    assert len(set(labels[:12])) == 1
+    assert np.bincount(labels)[0] >= 12
+    dense = density(unit)
+    assert dense[:12] == pytest.approx(np.ones(12))
+    assert dense[12:].max() < 0.1
 
 
 def test_weights_raise_the_score_within_their_bound():

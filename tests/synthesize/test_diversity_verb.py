@@ -12,6 +12,7 @@ from bloomery.config import build
 from bloomery.data.dataset import write_rows
 from bloomery.errors import ArtifactError
 from bloomery.synthesize import sketching, vendi
+from bloomery.synthesize.compare import compare
 from bloomery.synthesize.score import by_length, score
 from bloomery.synthesize.shards import Sketches
 from bloomery.synthesize.sketching import SketchingConfig, sketch_dataset
@@ -170,3 +171,35 @@ def test_the_sketch_itself_is_named_as_the_limit(folder):
         found["g_vendi"] > 16
     )
     assert not math.isnan(found["halves"][0])
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["diversity", *map(str, arguments)])
+
+
+def test_selections_and_weights_from_the_command_line(folder):
+    kept = [json.loads(line)["id"] for line in run("select", folder, "--count", 5).stdout.splitlines()]
+    assert len(set(kept)) == 5
+    weighed = [json.loads(line) for line in run("select", folder).stdout.splitlines()]
+    assert sum(line["weight"] for line in weighed) == pytest.approx(25, abs=0.01)
+    refused = run("select", folder, "--count", 26)
+    assert "--count: 26 of 25 samples; choose at most all" in str(refused.exception)
+
+
+@pytest.mark.slow
+def test_the_map_is_one_offline_page(tiny_world, folder, tmp_path):
+    page = tmp_path / "map.html"
+    found = json.loads(run("map", folder, "--out", page, "--data", tiny_world.messages, "--json").stdout)
+    assert (found["samples"], found["clusters"]) == (25, 2)
+    text = page.read_text()
+    assert "4+4=" in text.replace("\\u003d", "=")
+    assert "colour by density" in text
+    assert 'src="http' not in text  # offline
+
+
+def test_other_measures_stand_in_the_same_table(settings):
+    found = compare(build(SketchingConfig, settings), size=20)
+    assert found["G-Vendi"] > 1
+    assert {"embedding Vendi, centred", "embedding DCScore", "2-gram entropy", "perplexity"} <= found.keys()
+    assert {"G-Vendi, completions shuffled", "G-Vendi, untrained proxy", "gradient cluster occupancy"} <= found.keys()
+    assert all(math.isfinite(value) for value in found.values())
