@@ -1,0 +1,102 @@
+"""Questions into prompts, per second of processor time on one core, without any model.
+
+`filters/questions`: raw rows of multiple choice, in memory, read, filtered by every rule, shuffled and written as
+prompts; the peer runs the same rules row by row in `datasets.Dataset.map`, as most data are prepared.
+`filters/decontaminate`: prompts and bare questions compared with the runs of nine words of an evaluation set; the peer
+looks up the same runs as tuples in a Python set.
+`python -m bench.filters [--quick]` prints one JSON line per figure; ratio > 1: we are faster. The rows are made up:
+30 words a question and 4 options of 1 to 6, one row in ten damaged.
+"""
+
+import json
+import random
+import sys
+from typing import Any
+
+import datasets
+
+from bench.figure import take_turns
+from bloomery.data.decontaminate import Decontaminator
+from bloomery.data.document import Document, Drops
+from bloomery.data.qa_source import QAConfig, Questions
+from bloomery.data.read import Invalid, Located
+from bloomery.data.words import tokens
+
+NGRAM, ITEMS, BENCHMARK = 9, 4000, 3000
+CONFIG = QAConfig(layout="mmlu", max_damaged=1)
+_LETTERS = "etaoinshrdlucmfwypvbgkqjxz"
+
+
+def rows(count: int, seed: int) -> list[Located]:
+    """Made-up questions, the same for the same seed."""
+    drawn = random.Random(seed)
+    words = ["".join(drawn.choices(_LETTERS, weights=range(27, 1, -1), k=drawn.randint(2, 9))) for _ in range(5000)]
+    made = []
+    for number in range(count):
+        options = [" ".join(drawn.choices(words, k=drawn.randint(1, 6))) for _ in range(4)]
+        if number % 10 == 0:
+            options[3] = options[0]
+        question = " ".join(drawn.choices(words, k=30)).capitalize() + "?"
+        made.append((f"row {number}", {"question": question, "choices": options, "answer": drawn.randrange(4)}))
+    return made
+
+
+def prompts(some: list[Located]) -> list[Document]:
+    """Our side."""
+    return list(Questions(some, CONFIG, {}, "bench", Invalid()).documents("prompts"))
+
+
+def by_map(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The same rules on one row at a time; a row that is dropped has no prompt."""
+
+    def asked(row: dict[str, Any]) -> dict[str, Any]:
+        made = prompts([("", row)])
+        return made[0].row("prompts") if made else {"id": None}
+
+    return dataset.map(asked, keep_in_memory=True, load_from_cache_file=False)
+
+
+class Tuples:
+    """Runs of words of an evaluation set as tuples."""
+
+    def __init__(self, items: list[Document]):
+        self.known = {run for item in items for run in self.runs(item.text)}
+
+    @staticmethod
+    def runs(text: str) -> Any:
+        words = tokens.__wrapped__(text)
+        return zip(*(words[start:] for start in range(NGRAM)), strict=False)
+
+    def clean(self, documents: list[Document]) -> list[Document]:
+        """Those that hold none, with and without the template."""
+        return [
+            document for document in documents
+            if self.known.isdisjoint(self.runs(document.text)) and self.known.isdisjoint(self.runs(bare(document)))
+        ]  # fmt: skip
+
+
+def bare(document: Document) -> str:
+    """Question and options."""
+    return "\n".join((document.metadata["question"], *document.metadata["options"]))
+
+
+def main() -> None:
+    datasets.disable_progress_bars()
+    repeats, count = (5, ITEMS // 4) if "--quick" in sys.argv else (11, ITEMS)
+    some = rows(count, seed=0)
+    dataset = datasets.Dataset.from_list([row for _, row in some])
+    print(json.dumps(take_turns(
+        "filters/questions", lambda: prompts(some), lambda: by_map(dataset), count, "questions/core-second", repeats,
+    )), flush=True)  # fmt: skip
+    exam = list(Questions(rows(BENCHMARK, seed=1), CONFIG, {}, "exam", Invalid()).documents("documents"))
+    documents, ours, peer = prompts(some), Decontaminator(NGRAM), Tuples(exam)
+    ours.add("exam", exam)
+    assert len(list(ours(documents, Drops()))) == len(peer.clean(documents)) == len(documents)
+    print(json.dumps(take_turns(
+        "filters/decontaminate", lambda: list(ours(documents, Drops())), lambda: peer.clean(documents),
+        len(documents), "questions/core-second", repeats,
+    )), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
