@@ -90,7 +90,7 @@ def _feasible(table: Table, budget: Budget, random: np.random.Generator) -> np.n
     for _ in range(_VERTICES):
         aim = random.normal(size=flat.shape[1]) @ between
         found = linprog(aim, matrix @ between, limits, whole, np.ones(phases + 1), bounds=(0, None), method="highs")
-        if found.status == 2:
+        if found.x is None:
             raise ConfigError(_why_not(table, budget))
         corners.append(between @ found.x)
     tried = flat[(flat @ matrix.T <= limits + 1e-12).all(1)]

@@ -120,24 +120,36 @@ def read_table(path: Path, budget: Budget) -> Table:
 def _columns(path: Path) -> Mapping[str, Sequence[object]]:
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file; expected a table of runs as CSV, JSONL or Parquet")
-    if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        columns: Mapping[str, Sequence[object]] = {
-            name: [row.get(name) for row in rows] for row in rows for name in row
-        }
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        columns = parquet.read_table(path).to_pydict()
-    elif path.suffix == ".csv":
-        import pyarrow.csv as csv
-
-        columns = csv.read_csv(path).to_pydict()
-    else:
-        raise ArtifactError(f"{path}: found a file of type {path.suffix or 'none'}; expected .csv, .jsonl or .parquet")
+    if path.suffix not in _READERS:
+        raise ArtifactError(f"{path}: found a file of type {path.suffix or 'none'}; expected {', '.join(_READERS)}")
+    try:
+        columns = _READERS[path.suffix](path)
+    except ValueError as error:  # json's and pyarrow's
+        raise ArtifactError(f"{path}: not readable as {path.suffix}: {error}; write the table anew") from None
     if not columns or not next(iter(columns.values())):
         raise ArtifactError(f"{path}: the table has no rows")
     return columns
+
+
+def _read_jsonl(path: Path) -> Mapping[str, Sequence[object]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read_parquet(path: Path) -> Mapping[str, Sequence[object]]:
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(path).to_pydict()
+
+
+def _read_csv(path: Path) -> Mapping[str, Sequence[object]]:
+    import pyarrow.csv as csv
+
+    return csv.read_csv(path).to_pydict()
+
+
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
 def _refuse_unknown(path: Path, columns: Mapping[str, object], sources: Sequence[str], phases: int) -> None:

@@ -178,6 +178,23 @@ def test_a_bad_table_is_refused_with_row_and_column(tmp_path: Path, change: dict
         read_table(file, BUDGET)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("runs.txt", "", "found a file of type .txt; expected .csv, .jsonl, .parquet"),
+        ("runs.jsonl", "{", "not readable as .jsonl: Expecting property name"),
+        ("runs.jsonl", "", "the table has no rows"),
+        ("runs.parquet", "nothing", "not readable as .parquet"),
+        ("runs.jsonl", '{"loss/a": 1}', "no weights; expected columns such as phase1/web"),
+        ("runs.jsonl", '{"phase1/web": 1, "phase2/web": 1}', "no column says what a run has found"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises((ArtifactError, ConfigError), match=message):
+        read_table(tmp_path / name, BUDGET)
+
+
 SETTINGS = """
 sources:
   web: {path: web, unique_tokens: 2000000}
