@@ -3,7 +3,7 @@
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bloomery.data.document import Drops
@@ -103,6 +103,7 @@ TEXT = st.text(st.sampled_from(string.ascii_letters + " éßЖשםعربی漢字
 GOLDS = st.lists(st.one_of(st.integers(-999, 999).map(str), TEXT.filter(bool)), min_size=2, max_size=10, unique=True)
 
 
+@settings(max_examples=50, deadline=None)
 @given(question=TEXT, options=GOLDS, place=st.integers(0, 9), seed=st.integers(0, 9))
 def test_no_item_is_lost_on_the_way(question: str, options: list[str], place: int, seed: int):
     """Whatever the item: it is kept, or dropped for a reason; opened, or it stays a choice for a reason; and back it is
@@ -121,6 +122,7 @@ def test_no_item_is_lost_on_the_way(question: str, options: list[str], place: in
     assert opened if isinstance(opened, str) else to_choice(opened) == mixed
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(TEXT, GOLDS), max_size=5))
 def test_every_row_is_accounted_for(questions: list[tuple[str, list[str]]]):
     rows = [(f"row {i}", {"question": q, "options": o, "answer": 0}) for i, (q, o) in enumerate(questions)]
