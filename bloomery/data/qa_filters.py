@@ -8,11 +8,10 @@ rather drop a good question than keep one whose reward is noise.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from bloomery.config import Config, Field
-from bloomery.data.document import Drops
 from bloomery.data.qa import LABELS, Item
 
 DAMAGED = frozenset({
@@ -70,16 +69,6 @@ class QAFilterConfig(Config):
     max_question_characters: int = Field(default=20_000, description="longest question, in characters", gt=0)
     max_options: int = Field(default=len(LABELS), description="most options of a question", ge=2, le=len(LABELS))
     min_options: int = Field(default=2, description="fewest options of a question", ge=2, le=len(LABELS))
-
-
-def filter_items(items: Iterable[tuple[str, Item]], config: QAFilterConfig, drops: Drops) -> Iterator[tuple[str, Item]]:
-    """The (place, item) that can be asked as they are; the others are counted in `drops` with their place."""
-    for where, item in items:
-        reason = drop_reason(item, config)
-        if reason is None:
-            yield where, item
-        else:
-            drops.add(reason, where)
 
 
 def drop_reason(item: Item, config: QAFilterConfig) -> str | None:

@@ -12,11 +12,10 @@ import pytest
 from bloomery import config as configs
 from bloomery.data import prepare
 from bloomery.data.dataset import read_rows
-from bloomery.data.document import Drops
 from bloomery.data.prepare import PrepareConfig
 from bloomery.data.prompts import kind_of_question
 from bloomery.data.qa import Item, render, shuffled
-from bloomery.data.qa_filters import QAFilterConfig, drop_reason, filter_items, mixed_scripts, num_words
+from bloomery.data.qa_filters import QAFilterConfig, drop_reason, mixed_scripts, num_words
 from bloomery.data.qa_read import LAYOUTS, Raw, Tags, Unusable, to_item
 from bloomery.data.qa_source import QAConfig, Questions
 from bloomery.data.read import Invalid
@@ -192,13 +191,6 @@ def test_missing_columns_and_wrong_kinds_are_explained():
     with pytest.raises(ConfigError, match="questions give prompts, or documents to compare with, not messages"):
         Questions([], QAConfig(), {}, "quiz", Invalid()).documents("messages")
     assert set(LAYOUTS) == {"columns", "mmlu", "agieval", "arc", "gsm8k"}
-
-
-def test_filters_count_with_the_place():
-    drops = Drops()
-    kept = list(filter_items([("row 1", choice()), ("row 2", choice(options="a|a"))], RULES, drops))
-    assert [where for where, _ in kept] == ["row 1"]
-    assert drops.examples == {"duplicate options": ["row 2"]}
 
 
 def test_a_damaged_source_is_refused_unless_that_is_allowed():
