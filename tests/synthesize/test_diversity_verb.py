@@ -152,10 +152,11 @@ def test_gradients_below_half_precision_survive(folder):
 
     block = read_block(next(folder.glob("*"))).model_copy(update={"number": 0, "blocks": 1})
     z = np.random.default_rng(0).normal(size=(3, 64)) * 1e-9
-    tiny = Columns(["a", "b", "c"], ["s"] * 3, np.ones(3), np.ones(3), np.linalg.norm(z, axis=1), z)
+    tiny = Columns(["a", "b", "c"], ["s"] * 3, np.ones(3), np.full(3, 0.01), np.linalg.norm(z, axis=1), z)
     write_block(folder.parent / "tiny", block, tiny)
     held = vendi.unit(Sketches(folder.parent / "tiny").rows())
     assert (held * vendi.unit(z)).sum(1) == pytest.approx(np.ones(3), abs=1e-5)
+    assert any("0.010 nats: it knows the answers" in note for note in score(folder.parent / "tiny")["notes"])
 
 
 def test_lengths_are_scored_apart_at_one_size():
