@@ -8,7 +8,7 @@ import numpy as np
 
 from bloomery.config import Config, Field
 from bloomery.data.document import Document, Drops, content_hash
-from bloomery.data.words import tokens, window_hashes, word_hashes
+from bloomery.data.words import BASE, tokens, window_hashes, word_hashes
 
 _SEED = 2_718_281_828
 _RUNS_AT_ONCE = 1024  # so that the products stay in the processor's cache
@@ -127,9 +127,11 @@ class NearDedup:
 
     def _band_keys(self, found: np.ndarray) -> list[int]:
         """One 64-bit number a band, of its hashes and its place."""
-        words = found.reshape(self.config.bands, self.config.rows).astype(np.uint64)
-        words = np.concatenate([np.arange(self.config.bands, dtype=np.uint64)[:, None], words], axis=1)
-        return [int(key) for key in np.concatenate([window_hashes(band, len(band)) for band in words])]
+        keys = np.arange(self.config.bands, dtype=np.uint64)
+        for row in found.reshape(self.config.bands, self.config.rows).T:
+            keys = keys * BASE + row
+        found_keys: list[int] = keys.tolist()
+        return found_keys
 
     def _append(self, found: np.ndarray) -> None:
         if self._count == len(self._kept):

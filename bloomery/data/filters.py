@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "math": {
         "min_words": 10, "max_words": 100_000, "min_mean_word_length": 1.5, "max_mean_word_length": 20,
         "min_alphabetic_words": 0.3, "max_ellipsis_lines": 0.3, "max_repeated_lines": 0.4,
-        "max_top_ngram": {3: 0.3, 4: 0.25}, "max_repeated_ngrams": {8: 0.4, 10: 0.35},
+        "max_top_ngram": {3: 0.4, 4: 0.4}, "max_repeated_ngrams": {8: 0.4, 10: 0.35},
         "phrases": ["lorem ipsum"],
     },
 }  # fmt: skip

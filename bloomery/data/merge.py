@@ -69,7 +69,7 @@ class Merge:
         tiers: quality tiers, each a source of its own; none where it stays one. Raises `ArtifactError` when nothing is
         left of it.
         """
-        source, drops, total = self.config.sources[number], Drops(), Held()
+        source, drops, total, ids = self.config.sources[number], Drops(), Held(), Ids()
         names: dict[str | None, str] = {tier: f"{source.name}-{tier}" for tier in tiers}
         names = names or {None: source.name}
         held = {name: Held() for name in names.values()}
@@ -81,6 +81,7 @@ class Merge:
             for job in jobs:
                 room = None if source.max_documents is None else source.max_documents - total.documents
                 kept = self._keep(job, drops, room)
+                kept = ids.unique(kept) if self.config.kind == "documents" else kept
                 total.add(kept)
                 for tier, name in names.items():
                     mine = kept if tier is None else kept.filter(pc.equal(kept["_tier"], tier))
@@ -94,7 +95,8 @@ class Merge:
         origin = {} if source.license is None else {"license": source.license}
         self.inventory |= {name: {**each.to_json(), **origin} for name, each in held.items()}
         counts = total.to_json()
-        return {"kept": counts.pop("documents"), **counts, "dropped": dict(drops.counts.most_common())}
+        repeated = {"repeated_ids": ids.repeated} if ids.repeated else {}
+        return {"kept": counts.pop("documents"), **counts, **repeated, "dropped": dict(drops.counts.most_common())}
 
     def _keep(self, job: Job, drops: Drops, room: int | None) -> pa.Table:
         """The candidates of a part that are no duplicates, at most `room`; what came before the last of them counts."""
@@ -126,6 +128,28 @@ class Merge:
                 yield place, "near duplicate"
             else:
                 yield place, None
+
+
+class Ids:
+    """Ids of one source's texts. A repeated one gets a number, `a`, `a-2`, `a-3`, and is counted; its text is kept."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self.repeated = 0
+
+    def unique(self, table: pa.Table) -> pa.Table:
+        """The table with ids that no other row of the source has."""
+        ids = [self._unique(each) for each in table["id"].to_pylist()]
+        return table.set_column(table.column_names.index("id"), "id", pa.array(ids, pa.string()))
+
+    def _unique(self, found: str) -> str:
+        name, number = found, 1
+        while name in self._seen:
+            number += 1
+            name = f"{found}-{number}"
+        self.repeated += number > 1
+        self._seen.add(name)
+        return name
 
 
 class ShardWriter:

@@ -8,7 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 _TOKEN = re.compile(r"\d+|[^\W\d_]+")
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that powers never vanish modulo 2**64
+BASE = np.uint64(0x9E3779B97F4A7C15)
+"""Of polynomial hashes modulo 2**64: odd, so that its powers never vanish."""
 
 
 @lru_cache(maxsize=2)  # several filters in turn ask for the words of the same text
@@ -40,4 +41,4 @@ def window_hashes(words: np.ndarray, length: int) -> np.ndarray:
 
 def extended(windows: np.ndarray, words: np.ndarray, length: int) -> np.ndarray:
     """The hashes of runs of one word more, from those of runs of `length` words."""
-    return windows[: max(0, len(words) - length)] * _BASE + words[length:]
+    return windows[: max(0, len(words) - length)] * BASE + words[length:]

@@ -35,3 +35,20 @@ def test_settings_for_math_problems_are_accepted():
     config = configs.build(PrepareConfig, configs.parse_yaml(block))
     assert check_prepare(config)
     assert config.decontaminate.ngram == 9
+
+
+def test_settings_for_questions_are_accepted():
+    [block] = re.findall(r"```yaml\n# stage: prepare, questions\n(.*?)```", PAGE, re.DOTALL)
+    config = configs.build(PrepareConfig, configs.parse_yaml(block))
+    assert check_prepare(config)
+    assert [source.qa.layout for source in config.sources] == ["mmlu", "arc", "gsm8k", "columns"]
+
+
+def test_settings_for_a_crawl_and_a_cluster_are_accepted():
+    [block] = re.findall(r"```yaml\n# stage: prepare, of a crawl\n(.*?)```", PAGE, re.DOTALL)
+    [cluster] = re.findall(r"```yaml\n(executor: .*?)```", PAGE, re.DOTALL)
+    config = configs.build(PrepareConfig, configs.parse_yaml(block) | configs.parse_yaml(cluster))
+    assert check_prepare(config)
+    assert config.tiered == ["crawl"]
+    assert config.sources[2].filters.max_ellipsis_lines is None
+    assert config.executor.slurm.partition == "cpu"

@@ -7,6 +7,8 @@ from bloomery import config as configs
 from bloomery.data import prepare
 from bloomery.data.dataset import read_rows
 from bloomery.data.prepare import PrepareConfig
+from bloomery.data.table import drops_table
+from bloomery.data.tokenizer import train_tokenizer
 from bloomery.errors import ArtifactError, ConfigError
 
 
@@ -162,3 +164,87 @@ def test_an_instruction_stands_behind_every_question_and_no_filter_sees_it(tmp_p
     assert row["prompt"][-1]["content"] == "What is 2+2 in words?\n\nBox it, please."
     with pytest.raises(ConfigError, match="instruction: goes behind a question"):
         prepare.check(config(source, instruction="Box it, please."))
+
+
+@pytest.mark.parametrize(
+    ("content", "reasons"),
+    [
+        (b'{"text": "fine"}\n{"text": \n', {"invalid JSON": 1}),
+        (b'{"text": "fine"}\n{"text": "' + b"y" * 500 + b'"}\n', {"longer than 64 MiB": 1}),
+        (b'{"text": "fine"}\n{"text": "\xff"}\n', {"invalid UTF-8": 1}),
+        (b'{"text": "fine"}\n{"text": 7}\n{"text": null}\n', {"no text in text": 2}),
+        (b'{"text": "fine"}\n"text"\n', {"not a JSON object": 1}),
+        (b'{"text": "fine"}\n{"text": " fine\\n"}\n', {"duplicate": 1}),
+    ],
+)
+def test_hostile_lines_are_counted(tmp_path, monkeypatch, content, reasons):
+    monkeypatch.setattr("bloomery.data.pieces.MAX_LINE_BYTES", 200)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    manifest = prepare.run(config({"type": "jsonl", "name": "a", "path": str(tmp_path / "a.jsonl")}), tmp_path / "out")
+    assert manifest.summary["sources"]["a"]["dropped"] == reasons
+    assert [row["text"] for row in read_rows(tmp_path / "out", "documents")] == ["fine"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "source a: nothing is left of it; it holds no documents"),
+        (
+            b'{"content": "fine"}\n',
+            r"a.jsonl, line 1: no column 'text'; found content; name it with columns: \{text: …\}",
+        ),
+    ],
+)
+def test_what_cannot_be_used_at_all_is_one_clear_error(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ArtifactError, match=message):
+        prepare.run(config({"type": "jsonl", "name": "a", "path": str(tmp_path / "a.jsonl")}), tmp_path / "out")
+
+
+def test_repeated_ids_are_made_unique_and_counted(tmp_path):
+    rows = [{"text": text, "id": number} for text, number in (("one", 1), ("two", 1), ("three", 1), ("four", 4))]
+    source = {"type": "jsonl", "name": "a", "path": jsonl(tmp_path / "a.jsonl", rows)}
+    manifest = prepare.run(config(source), tmp_path / "out")
+    assert manifest.summary["sources"]["a"]["repeated_ids"] == 2
+    assert [row["id"] for row in read_rows(tmp_path / "out", "documents")] == ["1", "1-2", "1-3", "4"]
+
+
+def test_near_duplicates_go_within_and_across_sources(tmp_path):
+    words = [f"w{chr(97 + number % 26)}{chr(97 + number // 26)}" for number in range(120)]
+    texts = {"a": [words, [*words[:-1], "other"]], "b": [["first", *words[1:]], list(reversed(words))]}
+    sources = [
+        {"type": "jsonl", "name": name, "license": "CC0",
+         "path": jsonl(tmp_path / f"{name}.jsonl", [{"text": " ".join(each)} for each in found])}
+        for name, found in texts.items()
+    ]  # fmt: skip
+    manifest = prepare.run(config(*sources, near_duplicates={"threshold": 0.7}), tmp_path / "out")
+    assert {name: each["dropped"] for name, each in manifest.summary["sources"].items()} == {
+        "a": {"near duplicate": 1}, "b": {"near duplicate": 1},
+    }  # fmt: skip
+    assert manifest.summary["inventory"]["b"]["license"] == "CC0"
+
+
+def test_tokens_and_languages_are_counted(tmp_path):
+    german = "Der Hund ist nicht im Haus und die Katze auch nicht."
+    rows = [{"text": "The cat is in the house and the dog is not."}, {"text": german}]
+    train_tokenizer([german], 300).save(tmp_path / "tokenizer")
+    source = {"type": "jsonl", "name": "a", "path": jsonl(tmp_path / "a.jsonl", rows)}
+    settings = {"language": True, "tokenizer": str(tmp_path / "tokenizer")}
+    held = prepare.run(config(source, **settings), tmp_path / "out").summary["inventory"]["a"]
+    assert held["languages"] == {"en": 1, "de": 1}
+    assert held["documents"] == 2
+    assert 20 < held["tokens"] < held["bytes"] == sum(len(row["text"]) for row in rows)
+    found = [json.loads(row["metadata"])["language"] for row in read_rows(tmp_path / "out", "documents")]
+    assert found == ["en", "de"]
+
+
+def test_the_table_shows_reads_and_reasons_by_source():
+    dropped = {f"reason {number}": number for number in range(1, 15)}
+    sources = {
+        f"s{number}": {"kept": 1000 * number, "dropped": dropped if number == 1 else {}} for number in range(1, 8)
+    }
+    first, second = drops_table(sources).split("\n\n")
+    assert first.splitlines()[1].split() == ["read", "1,105", "2,000", "3,000", "4,000", "5,000", "6,000"]
+    assert "  reason 14" in first
+    assert first.splitlines()[-1].split() == ["2", "other", "reasons", "3", "–", "–", "–", "–", "–"]
+    assert second.splitlines() == ["         s7", "read  7,000", "kept  7,000"]
