@@ -208,6 +208,7 @@ def fed(
     """Batches without end: `count` prompts in the shares of their domains, exactly; every domain in an order of its
     own, again when it is used up."""
     names = [name for name, share in shares.items() if share]
+    assert all(streams[name] for name in names), "a domain of the blend without prompts"
     plan = Systematic(np.array([shares[name] for name in names]) / sum(shares.values()), count, seed)
     endless = [_endless(streams[name], seed, name) for name in names]
     for step in itertools.count():

@@ -141,7 +141,8 @@ class Cell:
         """Reinforcement learning. again: other prompts first and other samples; batches: share of the usual number;
         without: ids of prompts that are left out."""
         practice = replace(self.size.practice, batches=round(batches * self.size.practice.batches))
-        streams = {d: [p for p in self.asked(d, diet) if p.id not in {*without}] for d, w in diet.shares.items() if w}
+        left_out, taught = {*without}, [domain for domain, share in diet.shares.items() if share]
+        streams = {domain: [p for p in self.asked(domain, diet) if p.id not in left_out] for domain in taught}
         seed = self.seed + 5000 * again
         asked = world.fed(streams, diet.shares, practice.num_prompts, seed)
         window = max(len(prompt.ids) for prompts in streams.values() for prompt in prompts)
