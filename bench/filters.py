@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 
 from bench.figure import take_turns
+from bloomery.data.dataset import SCHEMAS
 from bloomery.data.decontaminate import Decontaminator
 from bloomery.data.document import Document, Drops
 from bloomery.data.qa_source import QAConfig, Questions
@@ -51,9 +52,10 @@ def by_map(dataset: datasets.Dataset) -> datasets.Dataset:
 
     def asked(row: dict[str, Any]) -> dict[str, Any]:
         made = prompts([("", row)])
-        return made[0].row("prompts") if made else {"id": None}
+        return made[0].row("prompts") if made else dict.fromkeys(SCHEMAS["prompts"].names)
 
-    return dataset.map(asked, keep_in_memory=True, load_from_cache_file=False)
+    columns = dataset.column_names
+    return dataset.map(asked, remove_columns=columns, keep_in_memory=True, load_from_cache_file=False)
 
 
 class Tuples:

@@ -97,7 +97,7 @@ class Decontaminator:
             self._whole.setdefault(tuple(words), index)
         if len(words) >= self.ngram:
             self._masked.add(masked := masked_words(words), self.ngram, index, _telling(masked, self.ngram))
-        if (options := self._options(item)) is not None:
+        for options in self._options(item):
             self._option_sets.setdefault(options, index)
         if self._near is not None:
             self._near.add(signature(item.text, self._near.config))
@@ -151,22 +151,23 @@ class Decontaminator:
             short = tuple(_tokens(part)) if len(part) < _LONGEST_SHORT else ()
             if (item := self._whole.get(short)) is not None:
                 return item, " ".join(short)
-        options = self._options(document) if self._option_sets else None
-        if options is not None and (item := self._option_sets.get(options)) is not None:
-            return item, "the same options: " + "; ".join(sorted(options))
+        for options in self._options(document) if self._option_sets else ():
+            if (item := self._option_sets.get(options)) is not None:
+                return item, "the same options: " + "; ".join(sorted(options))
         if self._near is not None:
             item = self._near.find(signature(_texts(document)[-1], self._near.config))
             return None if item is None else (item, "nearly the same text")
         return None
 
-    def _options(self, document: Document) -> frozenset[str] | None:
-        """The options as a set, so that their order does not matter; `None` for fewer words than `ngram` in all, which
-        many questions share (yes and no, 1 to 4)."""
-        options = document.metadata.get("options")
-        if not options:
-            return None
-        found = frozenset(" ".join(_tokens(str(option))) for option in options)
-        return found if sum(option.count(" ") + 1 for option in found) >= self.ngram else None
+    def _options(self, document: Document) -> Iterator[frozenset[str]]:
+        """The options as a set, so that their order does not matter: by themselves, unless they are fewer words than
+        `ngram` in all, which many questions share (yes and no, 1 to 4), and with their question."""
+        options, question = document.metadata.get("options"), document.metadata.get("question")
+        found = frozenset(" ".join(_tokens(str(option))) for option in options or ())
+        if sum(option.count(" ") + 1 for option in found if option) >= self.ngram:
+            yield found
+        if found and question:
+            yield found | {" ".join((*_tokens(question), "?"))}
 
     def _hit(self, document: Document, item: int, quote: str, masked: bool) -> Hit:
         benchmark, number = self._items[item]

@@ -12,9 +12,11 @@ import pytest
 from bloomery import config as configs
 from bloomery.data import prepare
 from bloomery.data.dataset import read_rows
+from bloomery.data.decontaminate import Decontaminator
 from bloomery.data.prepare import PrepareConfig
 from bloomery.data.prompts import kind_of_question
-from bloomery.data.qa import Item, render, shuffled
+from bloomery.data.qa import Item, render, shuffled, to_benchmark, to_prompt
+from bloomery.data.qa_convert import to_open
 from bloomery.data.qa_filters import QAFilterConfig, drop_reason, mixed_scripts, num_words
 from bloomery.data.qa_read import LAYOUTS, Raw, Tags, Unusable, to_item
 from bloomery.data.qa_source import QAConfig, Questions
@@ -239,6 +241,21 @@ def test_from_parquet_to_prompts_in_both_forms_with_a_contaminated_item(tmp_path
     assert json.loads(found[0]["metadata"])["decontam"] == {"ngram": 9, "hit": None}
     [hit] = json.loads((tmp_path / "out" / "contamination.json").read_text())
     assert hit["words"].startswith("the same options: ")
+
+
+def test_short_questions_are_known_by_their_options_in_any_order():
+    exam = [Item("e", "Largest planet?", "Mars", options=("Mars", "Jupiter", "Venus"))]
+    known = Decontaminator(9)
+    known.add("exam", map(to_benchmark, exam))
+    again = shuffled(choice("Largest planet?"), seed=1)
+    assert again.options != exam[0].options
+    assert [hit is not None for hit in known.find_all([to_prompt(again), to_prompt(choice("Smallest?"))])] == [
+        True,
+        False,
+    ]
+    opened = to_open(again, RULES)
+    assert isinstance(opened, Item)
+    assert known.find(to_prompt(opened)) is not None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from bloomery import config as configs
 from bloomery.data import prepare
 from bloomery.data.dataset import read_rows
 from bloomery.data.prepare import PrepareConfig
+from bloomery.errors import ArtifactError
 from bloomery.verify import Pool, echo
 
 DATA = Path(os.environ.get("BLOOMERY_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -82,5 +83,5 @@ def test_an_exam_does_not_pass_its_own_check(tmp_path: Path):
     other = source("gsm8k", "math/gsm8k_test", "gsm8k") | {"max_documents": 1}
     exam = source("mmlu_stem", file, layout)
     both = source("copy", file, layout, forms=["choice", "open"], seed=5)
-    with pytest.raises(prepare.ArtifactError, match="nothing is left"):
+    with pytest.raises(ArtifactError, match="nothing is left"):
         through(tmp_path, sources=[both, other], decontaminate={"benchmarks": [exam]})
