@@ -29,7 +29,7 @@ _SCRIPTS: Mapping[str, re.Pattern[str]] = {
 }  # fmt: skip
 
 _FUNCTION_WORDS = {
-    "en": "the of and a i to in is that it was for on are with as be this by from at or have not which were an you can "
+    "en": "the of and a to in is that it was for on are with as be this by from at or have not which were an you can "
     "has but they their will would there been one all its we if when what do he she his her your more",
     "de": "der die und das ist nicht ein eine zu den von mit sich auf für dem im es sie auch als an werden wird aus "
     "er hat dass bei sind noch nach einer um einen oder wie wir über aber durch kann ich war zum zur nur vor",
