@@ -169,6 +169,8 @@ def check_settings(config: BlendConfig) -> None:
         if phase.weights is not None:
             _check_phase(config, f"{where}.weights", phase.weights)
             _check_floors(phase, where)
+        elif phase.floors and phase.rule.type != "water-filling":  # type: ignore[union-attr]
+            raise ConfigError(f"{where}.floors: have no effect on this rule; take water-filling, or remove them")
 
 
 def _check_phase(config: BlendConfig, where: str, given: Mapping[str, float]) -> None:

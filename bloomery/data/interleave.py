@@ -17,7 +17,7 @@ _MANY = 8  # draws per source from which it is cheaper to visit each node once t
 
 class Interleave:
     """The order of one phase: source i is drawn counts[i] times, and at any place as often as its share to within
-    about one sequence."""
+    about one sequence; `balanced_tree` has the bound."""
 
     def __init__(self, counts: Sequence[int]):
         self.num_sources, self.total = len(counts), int(sum(counts))

@@ -4,8 +4,8 @@ import heapq
 from collections.abc import Iterator, Sequence
 
 Children = dict[int, tuple[int, int]]
-_SMALL = 32  # sources up to which every place for a moved part is tried, not only those above it
-_ROUNDS = 12
+_SMALL = 32  # sources up to which every part beside the way is tried in every place, not only the next ones above it
+_ROUNDS = 6
 
 
 def balanced_tree(counts: Sequence[int]) -> tuple[Children, list[int], int]:
@@ -85,7 +85,7 @@ def _moves(children: Children, weights: list[int], root: int, source: int) -> It
         if len(weights) <= 2 * _SMALL:
             inside = {part, way[number + 1], node, *_below(children, part)}
             yield from ((part, place) for place in _below(children, root) if place not in inside)
-        elif weights[part] < weights[node]:
+        elif weights[part] < weights[node] and number < 3:
             yield from ((part, place) for place in way[number + 2 :])
 
 

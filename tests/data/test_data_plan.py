@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bloomery.data.ledger import Ledger
-from bloomery.data.plan import Plan, check_weights, largest_remainder, make_plan
+from bloomery.data.plan import Phase, Plan, check_weights, largest_remainder, make_plan
 from bloomery.errors import ConfigError, DivergenceError
 
 COUNTS = st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(any)
@@ -160,3 +160,90 @@ def test_ledgers_of_two_ranks_add_up_to_the_plan_and_a_difference_is_named():
     assert total.summary()["s1"]["epochs"] == 1.0
     with pytest.raises(DivergenceError, match=r"source s0: 3 sequences were read in \[0, 8\), the plan says 6"):
         first.verify(plan, 0, 8)
+
+
+def deviation(plan, phase, window=2**16):
+    """The largest distance of a source's draws from its share at any place of a phase: before and after each draw."""
+    counts = np.array(plan.counts[phase])
+    start, total, worst = plan.ends[phase] - plan.lengths[phase], counts.sum(), 0.0
+    for begin in range(0, total, window):
+        stop = min(total, begin + window)
+        source, number = plan.order(start + begin, start + stop)
+        number, place = number - plan.counts_at(start)[source], np.arange(begin, stop)
+        share = counts[source] / total
+        worst = max(worst, (number + 1 - share * (place + 1)).max(), (share * place - number).max())
+    return worst
+
+
+ULTRA = [22.4, 10.3, 6.5, 5.7, 4.3, 14, 6.4, 5, 9.2, 3.9, 1.6, 4.9, 2.1, 1.6, 1.4, 0.6]
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [ULTRA, [0.15, 0.5, 0.1, 0.1, 0.1, 0.05], [1, 1, 1, 1, 0.001], [1] * 7, [0.5, *[0.0005] * 1000],
+     np.random.default_rng(1).dirichlet([1.0] * 47), 1 / np.arange(1, 1001)],
+    ids=["ultra", "tiny", "dust", "equal", "one and many", "dirichlet", "zipf"],
+)  # fmt: skip
+def test_no_source_is_ever_more_than_a_sequence_off_its_share(shares):
+    """Independent draws would be off by about 100; of these blends, one reaches 1.004."""
+    assert deviation(plan_of(largest_remainder(shares, 100_000).tolist()), 0) <= 1.005
+
+
+def test_both_ways_through_the_tree_agree():
+    """Few draws are taken down one by one, many by visiting each node once."""
+    counts = largest_remainder(1 / np.arange(1, 41), 10**12)
+    plan = plan_of(counts.tolist())
+    many = plan.order(10**11, 10**11 + 1000)
+    few = [plan.order(start, start + 50) for start in range(10**11, 10**11 + 1000, 50)]
+    assert all(np.array_equal(np.concatenate([part[i] for part in few]), many[i]) for i in (0, 1))
+
+
+def test_a_ramp_moves_from_one_blend_to_the_next_and_counts_stay_exact():
+    phases = [Phase(0.5, {"a": 3, "b": 1}), Phase(0.5, {"a": 1, "b": 3}, ramp=0.4)]
+    plan = make_plan(["a", "b"], [10, 10], [1, 1], phases, 80_000, 0)
+    assert plan.num_sequences == 80_000
+    assert plan.counts[0] == (30_000, 10_000)
+    shares = [phase[0] / sum(phase) for phase in plan.counts[1:]]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == pytest.approx(0.75 - 0.5 / 32, abs=1e-3)
+    assert shares[8] == pytest.approx(0.5 - 0.5 / 32, abs=1e-3)
+    assert plan.drawn.tolist() == [30_000 + 8_000 + 6_000, 10_000 + 8_000 + 18_000]
+    assert all(deviation(plan, phase) <= 1 for phase in range(len(plan.counts)))
+
+
+def test_the_controls_read_the_same_sequences_in_another_order():
+    plan = plan_of((60, 20, 0), (10, 50, 60), rows=[20, 20, 20])
+    for control in (plan.random_order(), plan.reversed()):
+        assert control.drawn.tolist() == plan.drawn.tolist()
+        assert control.order(0, 200)[0].tolist() != plan.order(0, 200)[0].tolist()
+    assert plan.reversed().counts == ((10, 50, 60), (60, 20, 0))
+    assert deviation(plan.random_order(), 0) <= 1
+
+
+def test_a_plan_can_end_early_and_another_go_on_from_there():
+    trunk = plan_of((60, 20), rows=[30, 30], seed=4)
+    other = Plan(("s1", "new", "s0"), (30, 9, 30), ((25, 10, 5),), seed=4)
+    plan = trunk.until(50).then(other)
+    assert plan.num_sequences == 90
+    names = [np.array(found.sources)[found.order(0, 50)[0]].tolist() for found in (trunk, plan)]
+    assert names[0] == names[1]
+    assert [a.tolist() for a in trunk.draw(0, 50)[1:]] == [a.tolist() for a in plan.draw(0, 50)[1:]]
+    source, row, _ = plan.draw(0, 90)
+    for index, rows in enumerate(plan.rows):
+        reads = np.bincount(row[source == index], minlength=rows)
+        assert reads.max() - reads.min() <= 1
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(ConfigError, match="source s0: 30 rows in the plan to go on from, here 29 rows; blend"):
+        trunk.then(Plan(("s0", "s1"), (29, 30), ((1, 1),), 4))
+    with pytest.raises(ConfigError, match="source s1: 30 rows in the plan to go on from, here no such source"):
+        trunk.then(Plan(("s0",), (30,), ((1,),), 4))
+
+
+def test_a_weight_that_rounds_to_nothing_is_refused():
+    with pytest.raises(ConfigError, match="source b: its weight is less than half a sequence of this plan of 100"):
+        make_plan(["a", "b"], [10, 10], [1, 1], [(1.0, {"a": 1000, "b": 1})], 100, 0)
+
+
+def test_more_sources_than_a_batch_can_number_are_refused():
+    with pytest.raises(ConfigError, match="40000 sources; expected at most 32766"):
+        check_weights({str(number): 1.0 for number in range(40_000)})
