@@ -214,6 +214,8 @@ def test_a_run_keeps_its_blend_among_what_is_learnt(tiny_world: Any, tmp_path: P
 def test_settings_without_effect_or_without_form(tiny_world: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="blend_on_active: without effect without a blend and max_gen"):
         config(tiny_world, blend_on_active=True, max_gen_batches=4)
+    found = rl.check(config(tiny_world, max_prompt_tokens=2))
+    assert "no prompt is left to use; dropped: 25 prompt longer than 2 tokens" in found["inputs"]
     tests = {"kind": "call", "fn_name": "f", "cases": [{"args": [1], "ret": 1}]}
     rows = [{"prompt": [{"role": "user", "content": "f"}], "answer": json.dumps(tests), "verifier": "program"}]
     write_rows(tmp_path / "prompts", "code", rows, "prompts")
