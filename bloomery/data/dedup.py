@@ -97,7 +97,7 @@ class NearDedup:
 
     A candidate agrees in one band of its signature; it counts where the whole signatures agree in `threshold` of their
     places. Texts that were dropped are not compared with, so a chain of small changes does not end in another text.
-    Memory: about 1.7 kB for each text kept with the default 14 bands of 8 hashes.
+    Memory: about 2 kB for each text kept with the default 14 bands of 8 hashes.
     """
 
     def __init__(self, config: MinHashConfig):
