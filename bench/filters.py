@@ -2,8 +2,9 @@
 
 `filters/questions`: raw rows of multiple choice, in memory, read, filtered by every rule, shuffled and written as
 prompts; the peer runs the same rules row by row in `datasets.Dataset.map`, as most data are prepared.
-`filters/decontaminate`: prompts and bare questions compared with the runs of nine words of an evaluation set; the peer
-looks up the same runs as tuples in a Python set.
+`filters/decontaminate`: prompts and bare questions compared with the runs of nine words of an evaluation set, as they
+are and with numbers masked; the peer looks up the same runs as tuples in Python sets, but not the sets of options and
+the short items that ours compares too.
 `python -m bench.filters [--quick]` prints one JSON line per figure; ratio > 1: we are faster. The rows are made up:
 30 words a question and 4 options of 1 to 6, one row in ten damaged.
 """
@@ -11,6 +12,7 @@ looks up the same runs as tuples in a Python set.
 import json
 import random
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -21,6 +23,7 @@ from bloomery.data.decontaminate import Decontaminator
 from bloomery.data.document import Document, Drops
 from bloomery.data.qa_source import QAConfig, Questions
 from bloomery.data.read import Invalid, Located
+from bloomery.data.runs import NUMBER, masked_words
 from bloomery.data.words import tokens
 
 NGRAM, ITEMS, BENCHMARK = 9, 4000, 3000
@@ -59,22 +62,27 @@ def by_map(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 class Tuples:
-    """Runs of words of an evaluation set as tuples."""
+    """Runs of words of an evaluation set as tuples, and the same with numbers masked."""
 
     def __init__(self, items: list[Document]):
-        self.known = {run for item in items for run in self.runs(item.text)}
-
-    @staticmethod
-    def runs(text: str) -> Any:
-        words = tokens.__wrapped__(text)
-        return zip(*(words[start:] for start in range(NGRAM)), strict=False)
+        texts = [tokens(item.text) for item in items]
+        self.known = {run for words in texts for run in runs(words)}
+        self.masked = {run for words in texts for run in runs(masked_words(words)) if NUMBER in run}
 
     def clean(self, documents: list[Document]) -> list[Document]:
-        """Those that hold none, with and without the template."""
-        return [
-            document for document in documents
-            if self.known.isdisjoint(self.runs(document.text)) and self.known.isdisjoint(self.runs(bare(document)))
-        ]  # fmt: skip
+        """Those that hold no run, with and without the template; like ours it also looks which are renumbered."""
+        kept = []
+        for document in documents:
+            words = [tokens(document.text), tokens(bare(document))]
+            if all(self.known.isdisjoint(runs(each)) for each in words):
+                kept.append(document)
+                all(self.masked.isdisjoint(runs(masked_words(each))) for each in words)
+        return kept
+
+
+def runs(words: list[str]) -> Iterator[tuple[str, ...]]:
+    """Every run of `NGRAM` words."""
+    return zip(*(words[start:] for start in range(NGRAM)), strict=False)
 
 
 def bare(document: Document) -> str:
