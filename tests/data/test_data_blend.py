@@ -1,3 +1,5 @@
+import shutil
+
 import datasets
 import numpy as np
 import pytest
@@ -299,3 +301,73 @@ def test_check_needs_no_data(corpus):
     assert blend.check(config(corpus, {"sums": 1}, tokens=10_000)) == {
         "sequences": 312, "tokens": 312 * SEQ_LEN, "phases": 1,
     }  # fmt: skip
+
+
+def test_a_proxy_keeps_its_share_of_every_source_and_its_epochs(corpus, tmp_path):
+    """By a hash of the text: what a smaller proxy keeps, a larger one keeps too."""
+    weights, whole = {"sums": 3, "words": 1}, {}
+    for share in (1, 0.5, 0.25):
+        settings = config(corpus, weights, downsample=share, validation_fraction=0)
+        whole[share] = blend.run(settings, tmp_path / str(share)).summary
+        assert whole[share]["sequences"] == round(400 * share)
+    for name in weights:
+        documents = [whole[share]["sources"][name]["documents"] for share in (1, 0.5, 0.25)]
+        assert documents[1] == pytest.approx(documents[0] / 2, rel=0.1)
+        assert documents[2] == pytest.approx(documents[0] / 4, rel=0.15)
+        epochs = [whole[share]["sources"][name]["epochs"] for share in (1, 0.5, 0.25)]
+        assert epochs[1] == pytest.approx(epochs[0], rel=0.1), "rows of packed documents are coarse here"
+    documents = [(blend._rank(blend.content_hash(str(n))), 100 + n % 7) for n in range(5_000)]
+    last = {share: blend.last_kept(documents, share) for share in (1 / 15, 0.2)}
+    assert last[1 / 15] < last[0.2]
+    kept = sum(size for rank, size in documents if rank <= last[1 / 15])
+    assert kept == pytest.approx(sum(size for _, size in documents) / 15, rel=0.005)
+
+
+def test_documents_in_two_sources_are_counted_together(corpus, tmp_path):
+    copies = [{"text": f"{a}+{b}={a + b}"} for a in range(20) for b in range(10)]
+    write_rows(corpus / "copy", "again", copies, "documents")
+    again = {"again": {"path": str(corpus / "copy"), "source": "again", "max_epochs": 20}}
+    found = blend.run(config(corpus, {"sums": 1, "again": 0.2}, again, sequences=100), tmp_path / "out").summary
+    assert found["shared_tokens"]["sums, again"] > 500
+    again["again"]["max_epochs"] = 1
+    with pytest.raises(
+        ConfigError, match=r"sources\.again: [\d,]+ of its tokens are in sums as well and would be read"
+    ):
+        blend.run(config(corpus, {"sums": 1, "again": 0.2}, again, sequences=120), tmp_path / "refused")
+
+
+@pytest.mark.parametrize(("unit", "key"), [("sequences", "training_sequences"), ("documents", "documents")])
+def test_the_unit_of_weights_is_what_is_shared(corpus, tmp_path, unit, key):
+    settings = config(corpus, {"sums": 1, "long": 1}, unit=unit, validation_fraction=0)
+    sources = blend.run(settings, tmp_path / "out").summary["sources"]
+    read = {name: source[key] * (source["epochs"] if unit == "documents" else 1) for name, source in sources.items()}
+    assert read["sums"] == pytest.approx(read["long"], rel=0.05)
+
+
+def test_a_blend_goes_on_from_another_and_may_add_sources(corpus, tmp_path):
+    first = blend.run(config(corpus, {"sums": 3, "words": 1}, sequences=60), tmp_path / "first")
+    after = {"after": str(tmp_path / "first"), "after_sequences": 50}
+    more = config(corpus, {"sums": 1, "words": 0, "long": 1}, sequences=20, **after)
+    blend.run(more, tmp_path / "more")
+    before, after = BlendedRows(tmp_path / "first"), BlendedRows(tmp_path / "more")
+    assert after.num_sequences == 70
+    assert after.phase_ends == [50, 70]
+    assert after.identity(50) == before.identity(50)
+    assert torch.equal(before.batch(0, 50)["input_ids"], after.batch(0, 50)["input_ids"])
+    assert after.identity(51) != before.identity(51)
+    assert first.summary["sequences"] == 60
+    for wrong, message in (({"after_sequences": 61}, "61 is more than the 60"), ({"seed": 9}, "seed: 9, the plan of")):
+        settings = {"sequences": 20, "after": str(tmp_path / "first"), **wrong}
+        with pytest.raises(ConfigError, match=message):
+            blend.run(config(corpus, {"sums": 1, "words": 1}, **settings), tmp_path / str(min(wrong.values())))
+
+
+def test_a_file_with_other_rows_than_planned_is_refused(blended, tmp_path):
+    """As when a copy to another machine was cut: no rank may go on with less data than the others."""
+    shutil.copytree(blended[0], tmp_path / "copy")
+    (tmp_path / "copy" / "data" / "words-00000.arrow").unlink()
+    with pytest.raises(ArtifactError, match=r"words-00000\.arrow: not a readable Arrow file"):
+        BlendedRows(tmp_path / "copy")
+    shutil.copy(tmp_path / "copy" / "data" / "sums-00000.arrow", tmp_path / "copy" / "data" / "words-00000.arrow")
+    with pytest.raises(ArtifactError, match=r"words-00000\.arrow: holds \d+ rows, the plan counts on \d+"):
+        BlendedRows(tmp_path / "copy")
