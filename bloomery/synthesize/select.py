@@ -56,7 +56,7 @@ def by_gain(rows: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 
 
 def weights(rows: np.ndarray, steps: int = 30, rate: float = 1.0, most: float = 4.0) -> np.ndarray:
-    """(n,) with mean 1: each step multiplies by exp(rate·(gain − mean gain)) and lets none exceed `most`."""
+    """(n,) with mean 1 to a thousandth: each step multiplies by exp(rate·(gain − mean gain)), none exceeds `most`."""
     found = np.ones(len(rows))
     for _ in range(steps):
         gains = Influence.of(Moments.of(rows, found).density).gains(rows)
