@@ -87,9 +87,12 @@ def test_a_difficulty_range_by_an_earlier_evaluation(tiny_world: Any, tmp_path: 
 
 def test_dynamic_sampling_fills_the_batch_with_groups_that_teach(tiny_world: Any, tmp_path: Path) -> None:
     plain, filled = (
-        config(tiny_world, group_size=2, max_gen_batches=most, loop={"max_steps": 2}, store_every_steps=1)
+        config(
+            tiny_world, group_size=2, max_gen_batches=most, loop={"max_steps": 2}, store_every_steps=1,
+            tripwires={"max_truncated": 1.0, "max_degenerate": 1.0},
+        )
         for most in (1, 40)
-    )
+    )  # fmt: skip
     rl.run(plain, tmp_path / "plain")
     rl.run(filled, tmp_path / "filled")
     assert any(share > 0 for share in column(tmp_path / "plain", "groups_all_wrong"))

@@ -21,17 +21,23 @@ from bloomery import artifact
 from bloomery.config import build
 from bloomery.data.dataset import write_rows
 from bloomery.data.pack import IGNORE, Batch
+from bloomery.data.prompts import Prompt
 from bloomery.data.tokenizer import train_tokenizer
-from bloomery.errors import BloomeryError
+from bloomery.errors import BloomeryError, ConfigError
 from bloomery.generate import Completion, Engine, Request
-from bloomery.model import hf
+from bloomery.model import balance, hf
+from bloomery.model.balance import BalanceConfig
 from bloomery.model.config import ModelConfig
 from bloomery.model.decoder import Decoder
 from bloomery.posttrain import generators, policy, rl
+from bloomery.posttrain.batches import micro_batches
+from bloomery.posttrain.policy import PolicyGradient
+from bloomery.posttrain.ranks import _dealt, _halves
 from bloomery.posttrain.rl_config import RLConfig
+from bloomery.posttrain.rollouts import Rollouts, Sample
 from bloomery.posttrain.sampler import Sampler
 from bloomery.train.losses import hidden_states
-from bloomery.verify import VERIFIERS
+from bloomery.verify import VERIFIERS, Verdict
 
 STEPS, CUT = 4, 3
 SINGLE = torch.Tensor.float
@@ -217,3 +223,96 @@ def test_one_rank_with_other_weights_stops_all(experts: dict[str, Any], tmp_path
     taken = [row["step"] for row in artifact.Metrics(tmp_path / "out" / "metrics.jsonl").read() if "loss" in row]
     assert taken == ([1] if how == "stale" else [])  # at first the weights were still equal
     assert (tmp_path / "out" / "data" / f"rollouts-{len(taken) + 1:05d}.parquet").exists()  # what it stopped for
+
+
+def completion(tokens: int, score: bool) -> Sample:
+    prompt = Prompt("p", "s", [], "1", "answer", tuple(range(2, 2 + tokens)))
+    verdict = Verdict.of("correct" if score else "wrong")
+    return Sample(prompt, Completion(list(range(3, 3 + tokens)), [-3.0] * tokens, "stop", 0, ""), verdict)
+
+
+def batches(pad: int = 0) -> list[Batch]:
+    """One step: of three groups one teaches nothing, and rows are 1 to 9 positions long."""
+    scores = [[True, False, True], [False, False, False], [True, True, False]]
+    groups = [[completion(1 + 2 * i + j // 2, score) for j, score in enumerate(row)] for i, row in enumerate(scores)]
+    return micro_batches(Rollouts(groups), 99, pad, "token_mean", 8)
+
+
+def test_balancing_weighs_what_is_learnt_and_padding_is_not_counted(experts: dict[str, Any]) -> None:
+    """The term is a mean over the learnt completions, whatever share of the step's tokens they are."""
+    model = hf.load(Path(experts["model"]), torch.float32).train()
+    losses = []
+    for weight in (0.0, 0.5):
+        balance.install(model, BalanceConfig(kind="sequence", weight=weight))
+        [batch] = batches()
+        losses.append(PolicyGradient(1.0, 99.0)(model, batch))
+    value, labels = losses[0].metrics["balance"]
+    tokens, labels_learnt = 30, 20  # of the step; without those of the group of equal rewards
+    assert float(losses[0].weight) == tokens
+    assert int((batch["labels"] != IGNORE).sum()) == labels_learnt
+    expected = 0.5 * tokens * float(value / labels)
+    assert (losses[1].sum - losses[0].sum).item() == pytest.approx(expected, rel=1e-4)
+    [padded] = batches(pad=7)
+    assert not torch.equal(padded["input_ids"], batch["input_ids"])
+    again = PolicyGradient(1.0, 99.0)(model, padded).metrics["balance"]
+    assert float(again[0] / again[1]) == pytest.approx(float(value / labels), rel=1e-5)
+
+
+def learnt(batch: Batch) -> list[tuple[list[int], float]]:
+    """What of each row with labels is learnt, and with which advantage."""
+    rows = zip(batch["labels"], batch["advantages"].tolist(), strict=True)
+    return [(row[row != IGNORE].tolist(), advantage) for row, advantage in rows if (row != IGNORE).any()]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_micro_batches_are_dealt_whole_and_once(ranks: int) -> None:
+    [batch] = batches()
+    dealt = [_dealt([batch], place, ranks) for place in range(ranks)]
+    assert len({len(own) for own in dealt}) == 1  # ranks meet once for each
+    everything = [each for own in dealt for each in own]
+    assert sum(float(each["loss_weight"]) for each in everything) == float(batch["loss_weight"])
+    assert sorted(pair for each in everything for pair in learnt(each)) == sorted(learnt(batch))
+    idle = [each for each in everything if not (each["labels"] != IGNORE).any()]
+    assert len(idle) == max(0, ranks - 6)
+    assert all(not each["counted"].any() and not each["loss_weight"].any() for each in idle)
+
+
+def test_halves_are_as_long_as_their_rows() -> None:
+    first, second = _halves(batches()[0])
+    assert [len(half["labels"]) for half in (first, second)] == [3, 3]
+    for half in (first, second):
+        assert half["counted"].sum(-1).max() == half["input_ids"].shape[1] == half["generator_logprobs"].shape[1]
+
+
+def test_settings_that_would_have_no_effect_or_split_the_policy_are_refused(
+    experts: dict[str, Any], tiny_world: Any, tmp_path: Path
+) -> None:
+    dropping = settings(experts, {}, loop={"balance": {"capacity_factor": 1.0}})
+    with pytest.raises(ConfigError, match=r"loop.balance.capacity_factor: the generator drops no token"):
+        build(RLConfig, dropping)
+    dense = {**settings(experts, {}), "model": tiny_world.model, "prompts": tiny_world.prompts}
+    with pytest.raises(ConfigError, match="balance: without effect, the model has no layer with experts"):
+        rl.run(build(RLConfig, dense), tmp_path / "out")
+
+
+def test_check_knows_the_degrees(experts: dict[str, Any], tmp_path: Path) -> None:
+    found = rl.check(build(RLConfig, settings(experts, DEGREES)))
+    assert found["mapping"].startswith("tensor 2, expert 2")
+    assert found["rank_copy_bytes"] == 4 * hf.load_config(Path(experts["model"])).count_parameters()
+    with pytest.raises(ConfigError, match="n_routed_experts 4; choose 1, 2 or 4"):
+        rl.check(build(RLConfig, settings(experts, {"expert": 8})))
+    later = settings({**experts, "model": str(tmp_path / "later")}, {"data": 5})
+    with pytest.raises(ConfigError, match="batch_size: 24 does not divide into 5 data ranks"):
+        rl.check(build(RLConfig, later))
+    vllm = settings(experts, DEGREES, generator={"type": "vllm"})
+    assert run(4, refused, vllm, tmp_path / "out") == ["generator.type: vllm here runs in one process only"] * 4
+
+
+def refused(given: dict[str, Any], out: Path) -> str:
+    """The first words of what the stage says."""
+    with prepared(exactly=False):
+        try:
+            rl.run(build(RLConfig, given), out)
+        except ConfigError as error:
+            return str(error).partition(";")[0]
+    return ""
